@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from samq.tools.demo.scenes import HELD_OUT_SCENES, Scene, draw_scene, held_out_scene, train_scene
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [held_out_scene(index) for index in range(24)]
+
+
+def test_a_seed_gives_one_scene() -> None:
+    first, second = draw_scene(7), draw_scene(7)
+    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.masks, second.masks)
+
+
+def test_image_and_masks_agree_in_shape_and_type(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        assert scene.image.shape == (256, 256, 3)
+        assert scene.image.dtype == np.uint8
+        assert scene.masks.shape[1:] == (256, 256)
+        assert scene.masks.dtype == np.bool_
+
+
+def test_masks_are_disjoint_and_visible(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        assert 3 <= len(scene.masks) <= 12
+        assert scene.masks.sum(axis=0).max() == 1
+        assert scene.masks.sum(axis=(1, 2)).min() >= 32
+
+
+def test_other_sizes_scale_the_scene() -> None:
+    assert draw_scene(3, size=128).masks.shape[1:] == (128, 128)
+
+
+def test_training_and_held_out_scenes_never_meet() -> None:
+    np.testing.assert_array_equal(train_scene(0).image, draw_scene(HELD_OUT_SCENES).image)
+    np.testing.assert_array_equal(held_out_scene(5).image, draw_scene(5).image)
+    with pytest.raises(ValueError, match="held-out scenes are numbered"):
+        held_out_scene(HELD_OUT_SCENES)
+    with pytest.raises(ValueError, match="from 0"):
+        train_scene(-1)
+
+
+def test_scenes_stay_varied(scenes: list[Scene]) -> None:
+    masks = np.concatenate([scene.masks for scene in scenes])
+    areas = masks.sum(axis=(1, 2))
+    assert areas.min() < 100
+    assert areas.max() > 5_000
+    assert sum(_has_hole(mask) for mask in masks) >= 5
+    assert sum(_some_objects_touch(scene) for scene in scenes) >= 5
+
+
+def _has_hole(mask: np.ndarray) -> bool:
+    return bool((ndimage.binary_fill_holes(mask) & ~mask).any())
+
+
+def _some_objects_touch(scene: Scene) -> bool:
+    grown = np.stack([ndimage.binary_dilation(mask) for mask in scene.masks])
+    return bool(grown.sum(axis=0).max() > 1)
