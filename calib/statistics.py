@@ -1,0 +1,101 @@
+"""What calibration learns about the inputs of each linear layer, gathered in one pass with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE_ROWS = 1024
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one layer's inputs x [rows, K].
+
+    Args:
+        low, high: [K] smallest and largest value of each channel.
+        hessian: [K, K] Σ x xᵀ in float32, or None when nothing asked for it.
+        sample: [≤ SAMPLE_ROWS, K] rows spread evenly over the calls.
+        rows: number of rows seen.
+    """
+
+    low: Tensor
+    high: Tensor
+    hessian: Tensor | None
+    sample: Tensor
+    rows: int = 0
+
+    @staticmethod
+    def empty(inputs: int, with_hessian: bool, device: torch.device) -> InputStatistics:
+        """Statistics of no rows at all."""
+        return InputStatistics(
+            low=torch.full((inputs,), torch.inf, device=device),
+            high=torch.full((inputs,), -torch.inf, device=device),
+            hessian=torch.zeros(inputs, inputs, device=device) if with_hessian else None,
+            sample=torch.empty(0, inputs, device=device),
+        )
+
+    def add(self, x: Tensor, sample_rows: int) -> None:
+        """Take in inputs [..., K], `sample_rows` of them into the sample."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.low = torch.minimum(self.low, x.amin(0))
+        self.high = torch.maximum(self.high, x.amax(0))
+        if self.hessian is not None:
+            self.hessian.addmm_(x.T, x)
+        room = min(sample_rows, SAMPLE_ROWS - self.sample.shape[0], x.shape[0])
+        if room > 0:
+            picked = torch.linspace(0, x.shape[0] - 1, room, device=x.device).round().long()
+            self.sample = torch.cat([self.sample, x[picked]])
+        self.rows += x.shape[0]
+
+    def rescale(self, factor: Tensor) -> None:
+        """Account for inputs that are from now on multiplied by `factor` [K] > 0."""
+        self.low, self.high, self.sample = self.low * factor, self.high * factor, self.sample * factor
+        if self.hessian is not None:
+            self.hessian *= factor * factor[:, None]
+
+    def absmax(self) -> Tensor:
+        """[K] largest magnitude of each channel."""
+        return torch.maximum(-self.low, self.high)
+
+
+@dataclass
+class Recorder:
+    """Records `InputStatistics` of named linear layers while the model runs.
+
+    Args:
+        layers: name → module with `in_features`.
+        with_hessian: also gather Σ x xᵀ.
+        expected_calls: how often each layer will run, so that the sample is spread over all calls.
+    """
+
+    layers: Mapping[str, nn.Linear]
+    with_hessian: bool
+    expected_calls: int
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, InputStatistics]]:
+        """Hooks are in place inside the `with` block, and removed at its end whatever happens."""
+        share = max(1, -(-SAMPLE_ROWS // max(1, self.expected_calls)))
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                entry = InputStatistics.empty(layer.in_features, self.with_hessian, layer.weight.device)
+                self.statistics[name] = entry
+                handles.append(layer.register_forward_pre_hook(_adding_to(entry, share)))
+            yield self.statistics
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding_to(entry: InputStatistics, sample_rows: int):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entry.add(args[0], sample_rows)
+
+    return hook

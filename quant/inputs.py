@@ -1,0 +1,82 @@
+"""INT8 grids of layer inputs (activations), static or dynamic.
+
+static   scale and zero-point are constants, found on calibration data by the same clipping search as for weights
+dynamic  scale = max|x| / 127 over each token, or over the whole tensor, computed while running (symmetric only)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samq.quant.scales import as_fp16
+
+CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(15))
+SMALLEST_RANGE = 1e-6  # keeps the scale of an all-zero token positive
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How one layer's inputs are quantized.
+
+    Args:
+        dtype: "sint8" (codes -128…127 around zero) or "uint8" (codes 0…255 with a zero-point).
+        granularity: "per_tensor" or "per_token".
+        scale: the constant scale, None when dynamic.
+        zero_point: 0 for sint8.
+    """
+
+    dtype: str
+    granularity: str
+    scale: float | None = None
+    zero_point: int = 0
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code."""
+        return -128 if self.dtype == "sint8" else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 127 if self.dtype == "sint8" else 255
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x` [..., K], computed as ONNX QuantizeLinear and DequantizeLinear do."""
+        scale = self.dynamic_scale(x) if self.scale is None else torch.tensor(self.scale, device=x.device)
+        codes = torch.clamp(torch.round(x / scale) + self.zero_point, self.qmin, self.qmax)
+        return (codes - self.zero_point) * scale
+
+    def dynamic_scale(self, x: Tensor) -> Tensor:
+        """max|x| / 127 per token [..., 1], or of the whole tensor (every dimension 1)."""
+        dims = (-1,) if self.granularity == "per_token" else tuple(range(x.ndim))
+        return x.abs().amax(dims, keepdim=True).clamp(min=SMALLEST_RANGE) / self.qmax
+
+
+def static_grid(dtype: str, low: Tensor, high: Tensor, sample: Tensor, importance: Tensor) -> InputGrid:
+    """Constant per-tensor grid with the least weighted squared error on a sample of inputs.
+
+    Args:
+        dtype: "sint8" or "uint8".
+        low, high: [K] smallest and largest input of each channel over all calibration data.
+        sample: [rows, K] inputs.
+        importance: [K] weight of each channel's squared error; ‖W[:, k]‖² makes it the layer's output error.
+    """
+    lowest, highest = float(low.min().clamp(max=0)), float(high.max().clamp(min=0))
+    best, least = None, torch.inf
+    for ratio in CLIP_RATIOS:
+        grid = _grid_of_range(dtype, lowest * ratio, highest * ratio)
+        error = float(((grid.fake_quantize(sample) - sample).square() * importance).sum())
+        if best is None or error < least:
+            best, least = grid, error
+    assert best is not None
+    return best
+
+
+def _grid_of_range(dtype: str, low: float, high: float) -> InputGrid:
+    span = max(-low, high) / 127 if dtype == "sint8" else (high - low) / 255
+    scale = float(as_fp16(torch.tensor(span if span > 0 else 1.0)))
+    zero_point = 0 if dtype == "sint8" else min(max(round(-low / scale), 0), 255)
+    return InputGrid(dtype, "per_tensor", scale, zero_point)

@@ -1,0 +1,68 @@
+"""The quantized linear layer as PyTorch simulates it: what every engine's answer is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samq.quant.grids import QuantizedWeight
+from samq.quant.inputs import InputGrid
+from samq.quant.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """All that one quantized layer stores.
+
+    Args:
+        weight: codes and scales of W, or of the residual W − up·down when there is a branch.
+        inputs: grid of the activations, None for float activations.
+        branch: low-rank branch on the unquantized activations, or None.
+        bias: [N] float32, or None.
+    """
+
+    weight: QuantizedWeight
+    inputs: InputGrid | None
+    branch: LowRank | None
+    bias: Tensor | None
+
+    def effective_weight(self) -> Tensor:
+        """Dequantized weight plus the branch, [N, K]."""
+        dequantized = self.weight.dequantize()
+        return dequantized if self.branch is None else dequantized + self.branch.product()
+
+    def stored_bytes(self) -> int:
+        """Bytes of weight and branch; the bias is the same before and after and does not count."""
+        return self.weight.stored_bytes() + (0 if self.branch is None else self.branch.stored_bytes())
+
+
+class QuantizedLinear(nn.Module):
+    """y = Q(x) Ŵᵀ + (x downᵀ) upᵀ + b, in floating point (SVDQuant, arXiv 2411.05007, eq. 5)."""
+
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, codes: LayerCodes) -> None:
+        super().__init__()
+        self.codes = codes
+        self.out_features, self.in_features = codes.weight.codes.shape
+        self.register_buffer("weight", codes.weight.dequantize(), persistent=False)
+        if codes.branch is not None:
+            self.register_buffer("down", codes.branch.down, persistent=False)
+            self.register_buffer("up", codes.branch.up, persistent=False)
+        self.bias = None if codes.bias is None else nn.Parameter(codes.bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        grid = self.codes.inputs
+        y = F.linear(x if grid is None else grid.fake_quantize(x), self.weight, self.bias)
+        return y if self.codes.branch is None else y + F.linear(F.linear(x, self.down), self.up)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,159 @@
+"""What each linear layer will become, decided from shapes and the recipe alone, before any data is seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from samq.calib.parts import PARTS, part_of
+from samq.quant.config import Recipe
+from samq.quant.grids import Grid, groups_of
+
+SMALLEST_WIDTH = 16  # narrower GEMMs gain nothing from INT8 or INT4 in any engine
+GROUP_MULTIPLE = 16
+FP16_BYTES = 2
+
+_BLOCK = re.compile(r"vision_encoder\.backbone\.blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one layer with weights.
+
+    Args:
+        name: module name in the `Sam2Model`.
+        part: "image_encoder" or "mask_decoder".
+        in_features, out_features: K and N.
+        skip: why the layer keeps its float weights, or None when it is quantized.
+        group_size: inputs that share a scale.
+        grouping: how the group size came about where it is not simply what was asked for, else "".
+        rank: rank of the low-rank branch, 0 for none.
+        ranking: why the rank is not what was asked for, else "".
+        fp16_bytes: bytes of the weight in FP16.
+        planned_bytes: bytes of the weight, scales and branch as planned.
+    """
+
+    name: str
+    part: str
+    in_features: int
+    out_features: int
+    skip: str | None = None
+    group_size: int = 0
+    grouping: str = ""
+    rank: int = 0
+    ranking: str = ""
+    fp16_bytes: int = 0
+    planned_bytes: int = 0
+
+
+def grid_of(recipe: Recipe) -> Grid:
+    """The weight grid that a recipe asks for."""
+    return Grid(recipe.wgts.bits, recipe.wgts.signed, recipe.two_level)
+
+
+def describe_request(recipe: Recipe) -> str:
+    """What a quantized layer is asked to compute, e.g. "W4A8" or "W4A16"."""
+    return f"W{recipe.wgts.bits}A{16 if recipe.weight_only else 8}"
+
+
+def make_plan(model: nn.Module, recipe: Recipe, parts: Collection[str] = PARTS) -> list[LayerPlan]:
+    """Plan every linear layer and every convolution of a `Sam2Model`, in the model's order."""
+    blocks = [int(match[1]) for name, _ in model.named_modules() if (match := _BLOCK.match(name))]
+    last_block = max(blocks, default=0)
+    plans = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = _reason_to_skip(name, module, recipe, parts, last_block)
+            plans.append(_plan_linear(name, module, recipe, reason))
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            plans.append(_plan_convolution(name, module))
+    return plans
+
+
+def group_for(inputs: int, asked: int, weight_only: bool) -> tuple[int, str]:
+    """Group size for K inputs, and how it came about ("" when it is what was asked for).
+
+    Weights-only engines unpack blocks of one size and take a short last block (filled up with zeros when lowered), so
+    the size stays. INT8 engines see one folded INT8 weight, so any divisor does: the largest multiple of 16 is taken,
+    and one group a row where there is none.
+    """
+    if asked == -1 or asked >= inputs:
+        return inputs, "" if asked == -1 else f"one group: K = {inputs} is not larger than {asked}"
+    if inputs % asked == 0:
+        return asked, ""
+    if weight_only:
+        last = inputs % asked
+        return asked, f"{groups_of(inputs, asked)} groups of {asked}, the last one of {last}: {asked} does not divide {inputs}"
+    for size in range(asked - asked % GROUP_MULTIPLE, 0, -GROUP_MULTIPLE):
+        if inputs % size == 0:
+            return size, f"{asked} does not divide {inputs}; {size} is its largest divisor that is a multiple of 16"
+    return inputs, f"one group: no multiple of 16 up to {asked} divides {inputs}"
+
+
+def _reason_to_skip(
+    name: str, module: nn.Linear, recipe: Recipe, parts: Collection[str], last_block: int
+) -> str | None:
+    part, wgts = part_of(name), recipe.wgts
+    block = _BLOCK.match(name)
+    if part not in parts:
+        return f"{part} is not among --parts"
+    if wgts.skip_decoder and part == "mask_decoder":
+        return "wgts.skip_decoder"
+    if wgts.skip_first_block and block and int(block[1]) == 0:
+        return "wgts.skip_first_block"
+    if wgts.skip_last_block and block and int(block[1]) == last_block:
+        return "wgts.skip_last_block"
+    if min(module.in_features, module.out_features) < SMALLEST_WIDTH:
+        return f"narrower than {SMALLEST_WIDTH}"
+    return None
+
+
+def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None) -> LayerPlan:
+    inputs, outputs = module.in_features, module.out_features
+    fp16_bytes = FP16_BYTES * inputs * outputs
+    if skip is not None:
+        return LayerPlan(name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes)
+    group_size, grouping = group_for(inputs, recipe.wgts.group_size, recipe.weight_only)
+    rank, ranking = _rank_for(inputs, outputs, recipe)
+    planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(recipe))
+    return LayerPlan(
+        name, part_of(name), inputs, outputs, None, group_size, grouping, rank, ranking, fp16_bytes, planned
+    )
+
+
+def stored_bytes(inputs: int, outputs: int, group_size: int, rank: int, grid: Grid) -> int:
+    """Bytes of codes, scales, zero-points and FP16 branch of an [N, K] weight."""
+    groups = groups_of(inputs, group_size)
+    code_bits = outputs * inputs * grid.bits
+    zero_point_bits = 0 if grid.signed else outputs * groups * grid.bits
+    scale_bytes = outputs * groups + FP16_BYTES * outputs if grid.two_level else FP16_BYTES * outputs * groups
+    return -(-(code_bits + zero_point_bits) // 8) + scale_bytes + FP16_BYTES * rank * (inputs + outputs)
+
+
+def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
+    low_rank = recipe.wgts.low_rank
+    if low_rank is None:
+        return 0, ""
+    largest = min(inputs, outputs)
+    if low_rank.max_overhead is not None:
+        largest = min(largest, int(low_rank.max_overhead * inputs * outputs / (inputs + outputs)))
+    if low_rank.rank <= largest:
+        return low_rank.rank, ""
+    return largest, f"{low_rank.rank} asked for; wgts.low_rank.max_overhead allows {largest}"
+
+
+def _plan_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> LayerPlan:
+    fp16_bytes = FP16_BYTES * module.weight.numel()
+    reason = "patch embedding" if name.endswith("patch_embed.projection") else "convolution"
+    return LayerPlan(
+        name,
+        part_of(name),
+        module.in_channels,
+        module.out_channels,
+        f"{reason}: only linear layers are quantized",
+        fp16_bytes=fp16_bytes,
+        planned_bytes=fp16_bytes,
+    )

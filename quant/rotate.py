@@ -1,0 +1,42 @@
+"""Rotation of attention values, folded offline (QuaRot, arXiv 2404.00456, section 4, stage 1c).
+
+Attention mixes tokens, never channels of a head, so with an orthogonal R per head
+    out = W_o · v = (W_o Rᵀ)(R v)
+and R goes into the rows of v's projection, Rᵀ into the columns of the output projection. Widths of Hiera's heads are no
+powers of two; the Kronecker product of a Hadamard matrix (2ⁿ) and an orthonormal DCT-II (the odd factor) is orthogonal,
+and no entry is larger than √2/√width, so that one outlier is spread over the head.
+"""
+
+from __future__ import annotations
+
+import scipy.fft
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from samq.quant.sites import FoldSite
+
+
+def spreading_rotation(width: int) -> Tensor:
+    """Orthogonal [width, width] float64 matrix with entries of like size."""
+    power = width & -width
+    hadamard = torch.tensor(scipy.linalg.hadamard(power), dtype=torch.float64) / power**0.5
+    odd = torch.tensor(scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0))
+    return torch.kron(hadamard, odd)
+
+
+@torch.no_grad()
+def rotate_values(model: nn.Module, site: FoldSite) -> None:
+    """Rotate the value heads of one attention; its output stays the same up to rounding.
+
+    Args:
+        site: a site with heads.
+    """
+    assert site.heads is not None
+    source, output = model.get_submodule(site.source), model.get_submodule(site.layers[0])
+    start, stop = site.rows
+    rotation = torch.block_diag(*[spreading_rotation((stop - start) // site.heads)] * site.heads)
+    rotation = rotation.to(source.weight.device)
+    source.weight[start:stop] = (rotation @ source.weight[start:stop].double()).to(source.weight.dtype)
+    source.bias[start:stop] = (rotation @ source.bias[start:stop].double()).to(source.bias.dtype)
+    output.weight.copy_(output.weight.double() @ rotation.T)

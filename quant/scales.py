@@ -1,0 +1,101 @@
+"""Choosing scales: a search over clipping ratios for the least (weighted) squared error.
+
+For each group the largest magnitude is shrunk by a few ratios and the one with the least Σ hₖ (wₖ − ŵₖ)² is kept
+(the MSE range search of Nagel et al., arXiv 2106.08295, section 2.3.1), where h is the diagonal of the Hessian when
+calibration data was seen, and one otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from samq.quant.grids import INT8_MAX, Grid, Scales, grouped
+
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+CHANNEL_RATIOS = (1.0, 0.93, 0.86, 0.79, 0.72)
+FP16_TINY = 2.0**-24  # smallest positive FP16 number
+
+
+def choose_scales(weight: Tensor, grid: Grid, group_size: int, importance: Tensor | None = None) -> Scales:
+    """Scales and zero-points for a weight matrix.
+
+    Args:
+        weight: [N, K] float32.
+        grid: the format.
+        group_size: inputs that share a scale, 1 ≤ G ≤ K.
+        importance: [K] non-negative weights of the squared error, or None for all ones.
+    """
+    values = grouped(weight, group_size)  # [N, groups, G]
+    weights = None if importance is None else grouped(importance[None], group_size)
+    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)  # zero is always inside
+    best = _Best(low)
+    for ratio in CLIP_RATIOS:
+        step, zero_point = _range_to_step(low * ratio, high * ratio, grid)
+        step = step if grid.two_level else as_fp16(step)
+        best.offer(_error(values, step, zero_point, grid, weights), step, zero_point)
+    zero_point_or_none = None if grid.signed else best.second
+    if not grid.two_level:
+        return Scales(best.first, zero_point_or_none, None, group_size)
+    scale, channel_scale = _split_levels(values, best.first, best.second, grid, weights)
+    return Scales(scale, zero_point_or_none, channel_scale, group_size)
+
+
+def as_fp16(scale: Tensor) -> Tensor:
+    """The nearest positive FP16 number, in float32."""
+    return scale.clamp(FP16_TINY, torch.finfo(torch.float16).max).half().float()
+
+
+def _range_to_step(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Step and zero-point (both [N, groups]) that map [low, high] onto the codes."""
+    if grid.signed:
+        step = torch.maximum(-low, high) / grid.qmax
+        return torch.where(step > 0, step, torch.ones_like(step)), torch.zeros_like(step)
+    step = (high - low) / grid.qmax
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    return step, torch.clamp(torch.round(-low / step), grid.qmin, grid.qmax)
+
+
+def _error(values: Tensor, step: Tensor, zero_point: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
+    """Weighted squared rounding error of each group, [N, groups]."""
+    step, zero_point = step[..., None], zero_point[..., None]
+    codes = torch.clamp(torch.round(values / step) + zero_point, grid.qmin, grid.qmax)
+    squared = ((codes - zero_point) * step - values).square()
+    return (squared if weights is None else squared * weights).sum(-1)
+
+
+def _split_levels(
+    values: Tensor, step: Tensor, zero_point: Tensor, grid: Grid, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Factor steps [N, groups] into integer group scales [N, groups] and FP16 channel scales [N, 1].
+
+    The channel scale is searched over a few shrunken values, the integer beside it over both neighbours of the ratio.
+    """
+    farthest = torch.full_like(step, grid.qmax) if grid.signed else torch.maximum(zero_point, grid.qmax - zero_point)
+    limit = torch.floor(INT8_MAX / farthest)  # largest group scale that keeps the product in INT8
+    full = (step / limit).amax(1, keepdim=True)
+    best = _Best(full)
+    for ratio in CHANNEL_RATIOS:
+        channel = as_fp16(full * ratio)
+        of_group = _Best(step)
+        for rounding in (torch.floor, torch.ceil):
+            scale = torch.minimum(rounding(step / channel).clamp(min=1), limit)
+            of_group.offer(_error(values, scale * channel, zero_point, grid, weights), scale, channel)
+        best.offer(of_group.error.sum(1, keepdim=True), channel, of_group.first)
+    return best.second, best.first
+
+
+class _Best:
+    """Elementwise running minimum of an error and two values that go with it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.error = torch.full_like(like, torch.inf)
+        self.first = torch.ones_like(like)
+        self.second = torch.zeros_like(like)
+
+    def offer(self, error: Tensor, first: Tensor, second: Tensor) -> None:
+        """Take `first` and `second` where `error` is less than what was seen before."""
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.first = torch.where(better, first, self.first)
+        self.second = torch.where(better, second, self.second)
