@@ -1,0 +1,222 @@
+"""The recipe: what is quantized, to which format and by which method. Presets are in `presets/*.yaml`.
+
+A recipe is frozen. What one section may hold is checked by its model, what sections may hold together by
+`Recipe`. `load_recipe` reads a file; its errors name the line, the key and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from samq.errors import UsageError
+from samq.quant.config_file import impossible, load_yaml
+
+PRESETS = Path(__file__).with_name("presets")
+WEIGHT_ONLY_INT4_GROUPS = (-1, 16, 32, 64, 128, 256)
+
+
+class _Section(BaseModel):
+    """Strict: true is not 1 and "128" is not 128; an int may stand for a float."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class GptqConfig(_Section):
+    """Second-order rounding of the weights (GPTQ, arXiv 2210.17323)."""
+
+    block_size: int = Field(default=128, ge=1, description="columns rounded between two updates of the rest")
+    damp_percentage: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="fraction, not percent, of the mean Hessian diagonal that is added to it (section 3.3)",
+    )
+
+
+class LowRankConfig(_Section):
+    """A 16-bit branch of low rank beside the quantized weights (SVDQuant, arXiv 2411.05007)."""
+
+    rank: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description="a branch of higher rank stores more than the largest layer of SAM ViT-H, 1280 x 5120",
+    )
+    compensate: bool = Field(
+        default=False,
+        description="alternate SVD and quantizer, so that the branch makes up for the quantizer's error",
+    )
+    max_overhead: float | None = Field(
+        default=0.027,
+        gt=0,
+        le=1,
+        description="caps the rank: the branch stores at most this fraction of the layer's FP16 bytes",
+    )
+
+
+class WeightsConfig(_Section):
+    """Format of the weights, which layers keep theirs, and the method (neither GPTQ nor low rank: RTN)."""
+
+    dtype: Literal["uint4", "sint4", "uint8", "sint8"]
+    group_shapes: list[list[int]] = [[1, 128]]
+    """One [1, n]: n weights of an output channel share a scale; -1 is the whole channel."""
+    skip_patch_embed: bool = True
+    skip_first_block: bool = False
+    skip_last_block: bool = False
+    skip_decoder: bool = True
+    kernel_gptq: GptqConfig | None = None
+    low_rank: LowRankConfig | None = None
+
+    @field_validator("group_shapes")
+    @classmethod
+    def _one_row_group(cls, shapes: list[list[int]]) -> list[list[int]]:
+        if len(shapes) != 1:
+            raise impossible(f"exactly one entry such as [[1, 128]] is supported, not {len(shapes)}")
+        if len(shapes[0]) != 2 or shapes[0][0] != 1:
+            raise impossible(f"{shapes[0]} is not [1, n]: a group lies within one output channel")
+        size = shapes[0][1]
+        if size != -1 and (size < 1 or size % 16):
+            raise impossible(f"n of [1, n] is -1 (per channel) or a positive multiple of 16, not {size}")
+        return shapes
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight: 4 or 8."""
+        return int(self.dtype[-1])
+
+    @property
+    def signed(self) -> bool:
+        """Symmetric codes around zero; otherwise each group has a zero point."""
+        return self.dtype.startswith("s")
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale; -1 for a whole output channel."""
+        return self.group_shapes[0][1]
+
+
+class InputsConfig(_Section):
+    """Format of the activations that enter a quantized layer."""
+
+    dtype: Literal["sint8", "uint8"] = "sint8"
+    granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    mode: Literal["static", "dynamic"] = "static"
+
+    @model_validator(mode="after")
+    def _mode_fits(self) -> InputsConfig:
+        if self.granularity == "per_token" and self.mode == "static":
+            raise impossible(
+                "per_token needs mode: dynamic, for a token's scale is not known before it is there",
+                key="granularity",
+            )
+        if self.dtype == "uint8" and self.mode == "dynamic":
+            raise impossible(
+                "uint8 needs mode: static, for dynamic scales are symmetric; use sint8", key="dtype"
+            )
+        return self
+
+
+class SmoothConfig(_Section):
+    """Outliers of the activations moved into the weights (SmoothQuant, arXiv 2211.10438)."""
+
+    enabled: bool = False
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the range that moves to the weights")
+
+
+class RotationConfig(_Section):
+    """Orthogonal rotation of the activations and its inverse on the weights (QuaRot, arXiv 2404.00456)."""
+
+    enabled: bool = False
+
+
+class CalibConfig(_Section):
+    """Images on which the activations are observed."""
+
+    num_samples: int = Field(default=128, ge=1, description="images")
+    batch_size: int = Field(default=1, ge=1, description="images per forward pass")
+    path: str | None = None
+
+
+class Recipe(_Section):
+    """Everything that decides the quantized weights, apart from the checkpoint and the images."""
+
+    wgts: WeightsConfig
+    ipts: InputsConfig | None = None
+    smooth: SmoothConfig = SmoothConfig()
+    rotation: RotationConfig = RotationConfig()
+    calib: CalibConfig = CalibConfig()
+
+    @model_validator(mode="after")
+    def _runs_on_an_engine(self) -> Recipe:
+        dtype, group = self.wgts.dtype, self.wgts.group_size
+        if self.weight_only and self.wgts.bits == 4 and group not in WEIGHT_ONLY_INT4_GROUPS:
+            sizes = ", ".join(map(str, WEIGHT_ONLY_INT4_GROUPS))
+            raise impossible(
+                f"4-bit weights without ipts take groups of {sizes}, not {group}: "
+                "weight-only kernels of the engines know powers of two only",
+                key="wgts.group_shapes",
+            )
+        if not self.weight_only and dtype == "uint8":
+            raise impossible(
+                "uint8 does not go with ipts, for INT8 engines take symmetric weights only; use sint8",
+                key="wgts.dtype",
+            )
+        if not self.weight_only and self.wgts.bits == 8 and group != -1:
+            raise impossible(
+                f"{dtype} weights with ipts need [[1, -1]], not [[1, {group}]]: "
+                "an INT8 GEMM takes one weight scale per output channel",
+                key="wgts.group_shapes",
+            )
+        return self
+
+    @property
+    def weight_only(self) -> bool:
+        """The activations stay in floating point."""
+        return self.ipts is None
+
+    @property
+    def two_level(self) -> bool:
+        """4-bit weights with 8-bit activations: two levels of scales (QServe, arXiv 2405.04532)."""
+        return self.wgts.bits == 4 and not self.weight_only
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Static scales, GPTQ and smoothing look at activations; RTN and a low-rank branch do not."""
+        static = self.ipts is not None and self.ipts.mode == "static"
+        return static or self.wgts.kernel_gptq is not None or self.smooth.enabled
+
+    def to_yaml(self) -> str:
+        """Every key, defaults too, in the order of the models; `load_recipe` reads it back equal."""
+        text: str = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return text
+
+
+def preset_names() -> list[str]:
+    """Names that `load_recipe` takes, sorted."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe of a preset ("int4_w4a8", "int4_w4a8.yaml") or of a YAML file.
+
+    An existing file wins over a preset of its name, unless given without suffix and separator.
+
+    Raises:
+        UsageError: there is no such preset or file, or its content is not a recipe.
+    """
+    path, presets = Path(name_or_path), preset_names()
+    is_plain_name = path.name == name_or_path and not path.suffix
+    if os.path.exists(name_or_path) and not (is_plain_name and name_or_path in presets):
+        return load_yaml(path, Recipe)
+    name = name_or_path.removesuffix(".yaml")
+    if name in presets:
+        return load_yaml(PRESETS / f"{name}.yaml", Recipe)
+    near = difflib.get_close_matches(path.stem, presets, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"no preset or file {name_or_path!r}; presets: {', '.join(presets)}{hint}")
