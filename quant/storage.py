@@ -1,0 +1,140 @@
+"""`weights/`: the quantized model on disk, from which it loads back bit for bit.
+
+quantized.safetensors holds, for each quantized layer,
+    <layer>.codes           4-bit codes two a byte, or int8/uint8 codes [N, K]
+    <layer>.scale           [N, groups]: int8 group scales (two levels) or FP16
+    <layer>.channel_scale   [N] FP16 (two levels only)
+    <layer>.zero_point      like the codes (unsigned grids only)
+    <layer>.down, .up       FP16 factors of the low-rank branch
+    <layer>.bias            float32
+and every other tensor of the model under its own name, in FP16 where that is exact and in float32 otherwise. What is
+no tensor (shapes, grids, the inputs' scales) is JSON in the file's metadata. `config.json` beside it is the model's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Sam2Config, Sam2Model
+
+from samq.errors import BadInput
+from samq.files import written_whole
+from samq.quant.grids import Grid, QuantizedWeight, Scales, pack_int4, unpack_int4
+from samq.quant.inputs import InputGrid
+from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
+from samq.quant.low_rank import LowRank
+
+FILE_NAME = "quantized.safetensors"
+FORMAT = "samq-1"
+
+
+def save_quantized(directory: Path, model: nn.Module, codes: dict[str, LayerCodes]) -> Path:
+    """Write a quantized `Sam2Model`; returns the safetensors file.
+
+    Raises:
+        MachineLacks: the disk is full or not writable.
+    """
+    tensors, layers = {}, {}
+    for name, layer in codes.items():
+        stored, description = _encode(layer)
+        tensors.update({f"{name}.{key}": tensor for key, tensor in stored.items()})
+        layers[name] = description
+    quantized = tuple(f"{name}." for name in codes)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(quantized):
+            tensors[name] = _narrowed(tensor)
+    metadata = {"format": FORMAT, "layers": json.dumps(layers)}
+    path = directory / FILE_NAME
+    with written_whole(path) as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+    with written_whole(directory / "config.json") as temporary:
+        model.config.to_json_file(temporary)
+    return path
+
+
+def load_quantized(directory: Path, device: str = "cpu") -> tuple[Sam2Model, dict[str, LayerCodes]]:
+    """The simulated model that `save_quantized` wrote, and its layers' codes.
+
+    Raises:
+        BadInput: a file is missing or corrupt.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; run `samq-export quantize` first")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.get("format") != FORMAT:
+            raise BadInput(f"{path} is not of the format {FORMAT}; run `samq-export quantize` again")
+        layers = json.loads(metadata["layers"])
+        model = Sam2Model(Sam2Config.from_json_file(directory / "config.json")).eval()
+        codes = {name: _decode(description, name, tensors) for name, description in layers.items()}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BadInput(f"{path} is corrupt ({error}); run `samq-export quantize` again") from error
+    for name, layer in codes.items():
+        replace_module(model, name, QuantizedLinear(layer))
+    rest = {name: tensor.float() for name, tensor in tensors.items()}
+    biases = {f"{name}.bias": layer.bias for name, layer in codes.items() if layer.bias is not None}
+    model.load_state_dict({name: (rest | biases)[name] for name in model.state_dict()})
+    return model.to(device), codes
+
+
+def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weight, scales = layer.weight, layer.weight.scales
+    four_bit = weight.grid.bits == 4
+    stored = {"codes": pack_int4(weight.codes) if four_bit else weight.codes}
+    stored["scale"] = scales.scale.to(torch.int8 if weight.grid.two_level else torch.float16)
+    if scales.channel_scale is not None:
+        stored["channel_scale"] = scales.channel_scale[:, 0].half()
+    if scales.zero_point is not None:
+        zero_point = scales.zero_point.to(torch.uint8)
+        stored["zero_point"] = pack_int4(zero_point) if four_bit else zero_point
+    if layer.branch is not None:
+        stored |= {"down": layer.branch.down.half(), "up": layer.branch.up.half()}
+    if layer.bias is not None:
+        stored["bias"] = layer.bias
+    return stored, {
+        "shape": list(weight.codes.shape),
+        "grid": asdict(weight.grid),
+        "group_size": scales.group_size,
+        "inputs": None if layer.inputs is None else asdict(layer.inputs),
+    }
+
+
+def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> LayerCodes:
+    grid = Grid(**description["grid"])
+    shape = tuple(description["shape"])
+
+    def codes_of(key: str, shape: tuple[int, ...]) -> Tensor:
+        stored = tensors.pop(f"{name}.{key}")
+        return unpack_int4(stored, shape, grid.signed) if grid.bits == 4 else stored
+
+    codes = codes_of("codes", shape)
+    scale = tensors.pop(f"{name}.scale").float()
+    channel_scale = tensors.pop(f"{name}.channel_scale").float()[:, None] if grid.two_level else None
+    zero_point = None if grid.signed else codes_of("zero_point", tuple(scale.shape)).float()
+    scales = Scales(scale, zero_point, channel_scale, description["group_size"])
+    branch = None
+    if f"{name}.down" in tensors:
+        branch = LowRank(tensors.pop(f"{name}.down").float(), tensors.pop(f"{name}.up").float())
+    inputs = description["inputs"]
+    bias = tensors.pop(f"{name}.bias", None)
+    return LayerCodes(
+        QuantizedWeight(codes, scales, grid), None if inputs is None else InputGrid(**inputs), branch, bias
+    )
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """The tensor in FP16 where that loses nothing."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
