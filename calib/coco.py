@@ -96,11 +96,12 @@ def _read(path: Path) -> tuple[list[_Entry], dict[int | str, list[Any]] | None]:
             if item.get("segmentation") and not item.get("iscrowd"):
                 segmentations[item["image_id"]].append(item["segmentation"])
         has_masks = any("segmentation" in item for item in content["annotations"])
-        well_formed = all(isinstance(entry.name, str) and entry.name for entry in entries)
+        for entry in entries:
+            os.fsencode(entry.name)  # raises when it cannot be a file's name
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise _not_coco(path, reason(error)) from error
-    if not entries or not well_formed:
-        raise _not_coco(path, "an image without a file_name" if entries else "no images")
+    if not entries:
+        raise _not_coco(path, "no images")
     return entries, segmentations if has_masks else None
 
 

@@ -178,14 +178,12 @@ def as_rgb(value: Any) -> NDArray[np.uint8]:
         ValueError: it is anything else.
     """
     if isinstance(value, Image.Image):
-        return to_rgb(value)
+        try:
+            return to_rgb(value)
+        except Exception as error:  # a file that was opened lazily is only decoded here
+            raise ValueError(reason(error)) from error
     array = as_array(value)
-    if (
-        isinstance(array, np.ndarray)
-        and array.ndim == 3
-        and array.size
-        and 3 in (array.shape[2], array.shape[0])
-    ):
+    if isinstance(array, np.ndarray) and array.ndim == 3 and array.size and 3 in array.shape[::2]:
         pixels = array if array.shape[2] == 3 else array.transpose(1, 2, 0)
         if pixels.dtype == np.uint8:
             return np.ascontiguousarray(pixels)
@@ -230,8 +228,12 @@ def fingerprint_of_files(folder: Path, names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(os.fsencode(name) + b"\0")
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):  # opening a pipe would wait for its writer
+            digest.update(b"missing\0")
+            continue
         try:
-            with (folder / name).open("rb") as file:
+            with open(path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 digest.update(f"{size}\0".encode())
                 file.seek(0)
@@ -239,7 +241,7 @@ def fingerprint_of_files(folder: Path, names: Iterable[str]) -> str:
                 file.seek(max(size - _EDGE_BYTES, 0))
                 digest.update(file.read(_EDGE_BYTES))
         except OSError:
-            digest.update(b"missing\0")
+            digest.update(b"unreadable\0")
     return digest.hexdigest()
 
 

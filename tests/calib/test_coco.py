@@ -167,11 +167,12 @@ def test_sizes_that_disagree(tmp_path: Path) -> None:
         '{"images": [], "annotations": []}',
         '{"images": [{"id": 1}], "annotations": []}',
         '{"images": [{"id": 1, "file_name": 5}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "\\ud800.jpg"}], "annotations": []}',
         '{"images": [{"id": 1, "file_name": "a", "height": "x", "width": 1}], "annotations": []}',
         '{"images": [{"id": 1, "file_name": "a"}], "annotations": [5]}',
         '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"segmentation": [[1]]}]}',
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_files_that_are_not_coco(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"

@@ -75,6 +75,7 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path: Path) -> None:
 
 def test_missing_file_has_a_fingerprint_too(tmp_path: Path) -> None:
     noise(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
     source = FolderSource(tmp_path)
     before = source.fingerprint()
     (tmp_path / "a.png").unlink()
@@ -190,6 +191,12 @@ def test_images_that_a_dataset_may_return(image: object) -> None:
 )
 def test_images_that_it_may_not(image: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
+        as_rgb(image)
+
+
+def test_truncated_file_that_a_dataset_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(noise(tmp_path / "a.png")[:6000])
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(ValueError, match="truncated"):
         as_rgb(image)
 
 
