@@ -11,6 +11,8 @@ windows that pad, also in a block that pools, global blocks, the feature pyramid
 high-resolution features and the full mask decoder.
 """
 
+import torch
+from torch import Tensor
 from transformers import Sam2Config
 from transformers.models.sam2.configuration_sam2 import (
     Sam2HieraDetConfig,
@@ -21,6 +23,8 @@ from transformers.models.sam2.configuration_sam2 import (
 
 IMAGE_SIZE = 256
 HIDDEN_SIZE = 128
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def demo_config() -> Sam2Config:
@@ -49,3 +53,17 @@ def demo_config() -> Sam2Config:
         hidden_size=HIDDEN_SIZE, mlp_dim=512, num_attention_heads=4, iou_head_hidden_dim=HIDDEN_SIZE
     )
     return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+
+
+def pixel_values(images: Tensor) -> Tensor:
+    """The model's input for images of its own size, as its image processor would make it.
+
+    Args:
+        images: uint8 [B, H, W, 3], RGB.
+
+    Returns:
+        float32 [B, 3, H, W], normalized by ImageNet's mean and deviation.
+    """
+    mean = torch.tensor(IMAGE_MEAN, device=images.device) * 255
+    std = torch.tensor(IMAGE_STD, device=images.device) * 255
+    return ((images - mean) / std).permute(0, 3, 1, 2)

@@ -153,7 +153,7 @@ def _ink(rng: np.random.Generator) -> tuple[int, int, int]:
 def _add_objects(rng: np.random.Generator, canvas: _Canvas) -> None:
     """Add objects, the larger ones mostly first; a try that would hide an earlier object is dropped."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-    diameters = np.exp(rng.uniform(math.log(MIN_DIAMETER), math.log(MAX_DIAMETER), count))
+    diameters = MIN_DIAMETER * (MAX_DIAMETER / MIN_DIAMETER) ** rng.beta(1.3, 1, count)
     order = np.argsort(-diameters * np.exp(rng.normal(0, 0.5, count)))
     for diameter in diameters[order]:
         _try_object(rng, canvas, float(diameter))
