@@ -29,7 +29,9 @@ class GptqResult:
     damping: float
 
 
-def gptq(weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size: int, damping: float) -> GptqResult:
+def gptq(
+    weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size: int, damping: float
+) -> GptqResult:
     """Quantize a weight matrix against its layer's inputs.
 
     Args:

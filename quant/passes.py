@@ -129,7 +129,9 @@ class Smooth(Pass):
                 work.note(layer).remarks.append(f"inputs smoothed, folded into {site.source}")
             touched.extend(site.layers)
         for layer in work.plans.keys() - set(touched):
-            work.note(layer).remarks.append("inputs not smoothed: nothing before this layer can absorb a scale")
+            work.note(layer).remarks.append(
+                "inputs not smoothed: nothing before this layer can absorb a scale"
+            )
         return touched
 
 

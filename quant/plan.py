@@ -86,10 +86,16 @@ def group_for(inputs: int, asked: int, weight_only: bool) -> tuple[int, str]:
         return asked, ""
     if weight_only:
         last = inputs % asked
-        return asked, f"{groups_of(inputs, asked)} groups of {asked}, the last one of {last}: {asked} does not divide {inputs}"
+        return (
+            asked,
+            f"{groups_of(inputs, asked)} groups of {asked}, the last one of {last}: {asked} does not divide {inputs}",
+        )
     for size in range(asked - asked % GROUP_MULTIPLE, 0, -GROUP_MULTIPLE):
         if inputs % size == 0:
-            return size, f"{asked} does not divide {inputs}; {size} is its largest divisor that is a multiple of 16"
+            return (
+                size,
+                f"{asked} does not divide {inputs}; {size} is its largest divisor that is a multiple of 16",
+            )
     return inputs, f"one group: no multiple of 16 up to {asked} divides {inputs}"
 
 
@@ -115,7 +121,9 @@ def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None)
     inputs, outputs = module.in_features, module.out_features
     fp16_bytes = FP16_BYTES * inputs * outputs
     if skip is not None:
-        return LayerPlan(name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes)
+        return LayerPlan(
+            name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes
+        )
     group_size, grouping = group_for(inputs, recipe.wgts.group_size, recipe.weight_only)
     rank, ranking = _rank_for(inputs, outputs, recipe)
     planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(recipe))

@@ -18,7 +18,9 @@ from samq.quant.layers import LayerCodes
 from samq.quant.passes import HESSIAN, LayerNotes, Pass, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan
 
-EXACT_TOLERANCE = 1e-3  # relative, of the encoder's output; FP32 rounding through the largest Hiera stays below
+EXACT_TOLERANCE = (
+    1e-3  # relative, of the encoder's output; FP32 rounding through the largest Hiera stays below
+)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def spreading_rotation(width: int) -> Tensor:
     """Orthogonal [width, width] float64 matrix with entries of like size."""
     power = width & -width
     hadamard = torch.tensor(scipy.linalg.hadamard(power), dtype=torch.float64) / power**0.5
-    odd = torch.tensor(scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0))
+    odd = torch.tensor(
+        scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0)
+    )
     return torch.kron(hadamard, odd)
 
 

@@ -1,0 +1,230 @@
+"""One trace of a part: an ONNX skeleton in which each linear layer is a single `samq.Linear` node without weights.
+
+The skeleton is traced once; `samq.export.linear` then fills the same nodes with float or quantized weights. Constant
+folding is kept small, so that tables that are cheap to compute (the bicubic position embedding) stay computed instead
+of stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from samq.calib.parts import (
+    DECODER_INPUTS,
+    DECODER_OUTPUTS,
+    ENCODER_INPUTS,
+    ENCODER_OUTPUTS,
+    IMAGE_ENCODER,
+    ImageEncoder,
+    MaskDecoder,
+)
+from samq.quant.layers import QuantizedLinear, replace_module
+
+OPSET = 21  # the first with INT4, UINT4 and blocked DequantizeLinear
+SITE_DOMAIN = "samq"
+SITE_OP = "Linear"
+LARGEST_FOLDED_CONSTANT = 4096  # elements
+
+
+@dataclass(frozen=True)
+class StaticShape:
+    """Fixed sizes for an engine that wants them: images, prompts an image, points a prompt."""
+
+    batch: int = 1
+    prompts: int = 1
+    points: int = 2
+
+
+class _Site(nn.Module):
+    """Stands in for a linear layer while tracing."""
+
+    def __init__(self, name: str, layer: nn.Linear | QuantizedLinear) -> None:
+        super().__init__()
+        self.name, self.out_features = name, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = torch.onnx.ops.symbolic(
+            f"{SITE_DOMAIN}::{SITE_OP}",
+            (x,),
+            {"layer": self.name},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
+        return answer
+
+
+def trace(model: nn.Module, part: str, static: StaticShape | None = None) -> ir.Model:
+    """Trace one part of a `Sam2Model`.
+
+    Args:
+        model: float or quantized, in eval mode; not changed. Only its float tensors outside linear layers are used.
+        part: "image_encoder" or "mask_decoder".
+        static: fixed sizes, or None for a dynamic number of images, prompts and points.
+
+    Returns:
+        opset-21 model; its initializers are called like the model's parameters where they are parameters.
+    """
+    module, inputs, outputs = _prepare(model, part, static or StaticShape(batch=2, prompts=3, points=4))
+    dynamic = None if static is not None else _dynamic_dimensions(part)
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic,
+            optimize=False,
+            verbose=False,
+        )
+        traced = program.model
+        _tidy(traced, part)
+        with _parameters_hidden(traced, set(model.state_dict())):
+            onnxscript.optimizer.optimize(
+                traced,
+                input_size_limit=LARGEST_FOLDED_CONSTANT,
+                output_size_limit=LARGEST_FOLDED_CONSTANT,
+            )
+    return traced
+
+
+def set_parameters(skeleton: ir.Model, model: nn.Module) -> ir.Model:
+    """A copy of the skeleton with the float parameters of `model`.
+
+    Raises:
+        RuntimeError: a parameter that the trace shares with the model has another shape there (a bug).
+    """
+    filled = skeleton.clone()
+    state = model.state_dict()
+    for name, value in filled.graph.initializers.items():
+        if name not in state:
+            continue
+        array = state[name].detach().cpu().numpy()
+        if tuple(value.shape or ()) != array.shape:
+            raise RuntimeError(f"{name}: the trace has shape {value.shape}, the model {array.shape}")
+        value.const_value = ir.Tensor(array, name=name)
+    return filled
+
+
+def _prepare(
+    model: nn.Module, part: str, sizes: StaticShape
+) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
+    shell = _shell_of(model)
+    config = model.config
+    size = config.prompt_encoder_config.image_size
+    if part == IMAGE_ENCODER:
+        pixels = torch.zeros(sizes.batch, 3, size, size)
+        return ImageEncoder(shell).eval(), dict(zip(ENCODER_INPUTS, (pixels,), strict=True)), ENCODER_OUTPUTS
+    with torch.no_grad():
+        features = [
+            torch.zeros(sizes.batch, channels, *shape)
+            for channels, shape in zip(
+                feature_channels(config), config.vision_config.backbone_feature_sizes, strict=True
+            )
+        ]
+    fine, middle, coarse = features
+    side = shell.prompt_encoder.mask_input_size
+    prompts = (sizes.batch, sizes.prompts)
+    values = (
+        coarse,
+        fine,
+        middle,
+        torch.rand(*prompts, sizes.points, 2) * size,
+        torch.ones(*prompts, sizes.points, dtype=torch.int64),
+        torch.zeros(*prompts, 1, *side),
+        torch.zeros(prompts),
+    )
+    return MaskDecoder(shell).eval(), dict(zip(DECODER_INPUTS, values, strict=True)), DECODER_OUTPUTS
+
+
+def feature_channels(config: object) -> tuple[int, int, int]:
+    """Channels of high_res_features_0, high_res_features_1 and image_embeddings."""
+    width: int = config.mask_decoder_config.hidden_size  # type: ignore[attr-defined]
+    return width // 8, width // 4, width
+
+
+def _shell_of(model: nn.Module) -> nn.Module:
+    """A copy of the model, its linear layers replaced by sites, everything else shared."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shell = copy.deepcopy(model, memo)
+    for name, module in list(shell.named_modules()):
+        if isinstance(module, nn.Linear | QuantizedLinear):
+            replace_module(shell, name, _Site(name, module))
+    return shell.cpu()
+
+
+def _dynamic_dimensions(part: str) -> Mapping[str, dict[int, object]]:
+    batch = torch.export.Dim("batch")
+    if part == IMAGE_ENCODER:
+        return {name: {0: batch} for name in ENCODER_INPUTS}
+    prompts, points = torch.export.Dim("prompts"), torch.export.Dim("points")
+    of_prompts = {0: batch, 1: prompts}
+    return {
+        **{name: {0: batch} for name in ENCODER_OUTPUTS},
+        "point_coords": {**of_prompts, 2: points},
+        "point_labels": {**of_prompts, 2: points},
+        "mask_input": of_prompts,
+        "has_mask_input": of_prompts,
+    }
+
+
+def _tidy(traced: ir.Model, part: str) -> None:
+    """Parameter names as in the model, no traces of the exporter's own bookkeeping."""
+    graph = traced.graph
+    graph.name = part
+    traced.doc_string = None
+    for name in list(graph.initializers):
+        if name.startswith("model."):
+            value = graph.initializers.pop(name)
+            value.name = name.removeprefix("model.")
+            graph.initializers[value.name] = value
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    traced.metadata_props.clear()
+    traced.producer_name, traced.producer_version = "samq", None
+
+
+@contextlib.contextmanager
+def _parameters_hidden(traced: ir.Model, names: set[str]) -> Iterator[None]:
+    """Keep constant folding away from parameters, so that `set_parameters` reaches every use of them."""
+    hidden = {name: value for name, value in traced.graph.initializers.items() if name in names}
+    tensors = {name: value.const_value for name, value in hidden.items()}
+    for value in hidden.values():
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            value.const_value = tensors[name]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress and its warnings (no torchvision, hidden parameters) do not concern the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
