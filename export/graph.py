@@ -78,7 +78,11 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 def constant_of(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array behind an initializer, or None."""
+    """The array behind an initializer, or behind the Cast of one; None for anything else."""
+    cast = producer(value, "Cast")
+    if cast is not None:
+        stored = constant_of(cast.inputs[0])
+        return None if stored is None else stored.astype(ir.DataType(int_attribute(cast, "to", 0)).numpy())
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()

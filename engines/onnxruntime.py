@@ -1,0 +1,126 @@
+"""ONNX Runtime on the CPU: the engine that runs everywhere."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from samq.errors import BadInput, MachineLacks
+
+Arrays = Mapping[str, NDArray[Any]]
+
+# Without VNNI, x64 kernels multiply u8 × s8 in saturating 16 bits unless told to be exact.
+EXACT_INT8 = ("session.x64quantprecision", "1")
+
+_INT8 = "INT8 GEMM"
+_EXECUTED = {
+    "MatMulIntegerToFloat": _INT8,
+    "MatMulInteger": _INT8,
+    "QLinearMatMul": _INT8,
+    "DynamicQuantizeMatMul": _INT8,
+    "QGemm": _INT8,
+    "MatMul": "FP32 GEMM",
+    "Gemm": "FP32 GEMM",
+    "FusedMatMul": "FP32 GEMM",
+    "FusedGemm": "FP32 GEMM",
+}
+INT8_ACCURACY = 4  # accuracy_level of MatMulNBits that quantizes the activations
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What the runtime made of one layer: in words, and the operator that it runs."""
+
+    compute: str
+    operator: str
+
+
+class OnnxRuntimeEngine:
+    """One part of the model as an ONNX Runtime session on the CPU.
+
+    Args:
+        path: an ONNX file.
+        threads: intra-op threads, 0 for the runtime's choice.
+
+    Raises:
+        BadInput: the file is missing, corrupt or not runnable; the runtime's first line says why.
+    """
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        self.path = path
+        if not path.is_file():
+            raise BadInput(f"{path} is missing; run `samq-export build` first")
+        try:
+            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
+            raise BadInput(f"{path}: ONNX Runtime does not take it ({_first_line(error)})") from error
+        self.inputs: Sequence[str] = [value.name for value in self._session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by name; `feeds` may hold more than the inputs."""
+        try:
+            answers = self._session.run(None, {name: feeds[name] for name in self.inputs})
+        except Exception as error:
+            if "Failed to allocate" in str(error) or "bad_alloc" in str(error):
+                raise MachineLacks(f"{self.path.name}: out of memory; use a smaller batch or --image-size") from error
+            raise BadInput(f"{self.path.name}: {_first_line(error)}") from error
+        return dict(zip(self.outputs, answers, strict=True))
+
+
+def executed_layers(path: Path) -> dict[str, Executed]:
+    """What ONNX Runtime executes for each layer, read from the graph that its own optimizers leave.
+
+    Args:
+        path: a graph whose GEMM nodes are called `<layer>/MatMul`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = _options(0)
+        options.optimized_model_filepath = str(optimized)
+        options.log_severity_level = 3
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(optimized, load_external_data=False).graph
+    found = {}
+    for node in graph.node:
+        layer, _, role = node.name.partition("/")
+        if role.startswith("MatMul") or (role.startswith("Add") and node.op_type in _EXECUTED):
+            found[layer] = Executed(_compute(node), node.op_type)
+    return found
+
+
+def _compute(node: onnx.NodeProto) -> str:
+    if node.op_type != "MatMulNBits":
+        return _EXECUTED.get(node.op_type, f"unknown ({node.op_type})")
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    arithmetic = "INT8" if attributes.get("accuracy_level", 0) == INT8_ACCURACY else "FP32"
+    return f"INT{attributes['bits']} weights, {arithmetic} arithmetic"
+
+
+def zeros_like_inputs(engine: OnnxRuntimeEngine, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Inputs of zeros; `sizes` gives the dynamic dimensions by name."""
+    feeds = {}
+    for value in engine._session.get_inputs():
+        shape = [sizes[side] if isinstance(side, str) else side for side in value.shape]
+        feeds[value.name] = np.zeros(shape, np.int64 if "int64" in value.type else np.float32)
+    return feeds
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_INT8)
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,184 @@
+"""Canonical Q/DQ graph → the graph that ONNX Runtime executes on the CPU as asked for.
+
+ONNX Runtime may run a Q/DQ graph in FP32 (MatMul+Add become a float Gemm first), and turns 4-bit weights into
+MatMulNBits with INT8 activations unless told otherwise. So its kernels are named outright:
+
+| requested                          | lowered to                                                                    |
+|------------------------------------|-------------------------------------------------------------------------------|
+| INT8 inputs, one scale a tensor    | QuantizeLinear → com.microsoft.MatMulIntegerToFloat, bias inside              |
+| INT8 inputs, one scale a token     | QuantizeLinear → MatMulInteger → Cast → Mul (token) → Mul (channel)           |
+| float inputs, 4- or 8-bit weights  | com.microsoft.MatMulNBits with accuracy_level 1: FP32 arithmetic              |
+
+Signed input codes become unsigned ones around 128, which is the same grid and the form that VNNI multiplies. Two-level
+weights become their INT8 product. Layers that read one tensor through equal scales share one QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from samq.export.canonical import Gemm, GemmInputs, GemmWeight, read_gemms
+from samq.export.graph import Writer, constant_of, remove_unused, replace_value
+
+CONTRIB = "com.microsoft"
+FP32_ARITHMETIC = 1  # MatMulNBits accuracy_level; 4 would quantize the activations
+BLOCK_SIZES = (128, 64, 32, 16)  # that MatMulNBits unpacks
+FLOAT = ir.DataType.FLOAT
+
+Shared = dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]]
+
+
+def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
+    """Lower a canonical model in place; float layers stay as they are.
+
+    Raises:
+        ValueError: a layer cannot be expressed exactly; the message names it and says why.
+    """
+    shared: Shared = {}
+    for gemm in read_gemms(model):
+        writer = Writer(model.graph, gemm.node, gemm.layer)
+        if gemm.inputs is None:
+            old, new = gemm.node.outputs[0], _weight_only(writer, gemm)
+        elif gemm.inputs.per_token:
+            old, new = gemm.node.outputs[0], _per_token(writer, gemm, gemm.inputs)
+        else:
+            old, new = _per_tensor(writer, gemm, gemm.inputs, shared)
+        replace_value(model.graph, old, new)
+        for stale in (old.producer(), gemm.node):
+            if stale is not None and stale.graph is not None and not stale.outputs[0].uses():
+                model.graph.remove(stale, safe=True)
+    model.graph.opset_imports[CONTRIB] = 1
+    remove_unused(model)
+    return model
+
+
+def _int8_weight(gemm: Gemm) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    weight = gemm.weight.int8()
+    if weight is None:
+        raise ValueError(f"{gemm.layer}: its weight is no per-channel INT8 weight, so an INT8 GEMM cannot run it")
+    return weight
+
+
+def _per_tensor(writer: Writer, gemm: Gemm, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value]:
+    """MatMulIntegerToFloat; returns the value that it replaces (after the bias, where there is one) and itself."""
+    codes, scale, zero_point = _unsigned_codes(writer, inputs, shared)
+    integers, channel_scale = _int8_weight(gemm)
+    old = gemm.node.outputs[0]
+    operands: list[ir.Value | None] = [
+        codes,
+        writer.constant(integers, "int8_weight"),
+        scale,
+        writer.constant(channel_scale, "int8_scale"),
+        zero_point,
+    ]
+    add = _bias_add(gemm)
+    if add is not None:
+        operands += [None, add.inputs[1]]
+        old = add.outputs[0]
+    new = writer.node(
+        "MatMulIntegerToFloat", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape
+    )
+    return old, new
+
+
+def _bias_add(gemm: Gemm) -> ir.Node | None:
+    """The Add of a constant [N] that alone reads the GEMM's result."""
+    users = gemm.node.outputs[0].consumers()
+    if len(users) != 1 or users[0].op_type != "Add":
+        return None
+    bias = constant_of(users[0].inputs[1])
+    return users[0] if bias is not None and bias.ndim == 1 else None
+
+
+def _unsigned_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Input codes as uint8 around a zero-point, their scale and the zero-point."""
+    zero = constant_of(inputs.zero_point)
+    assert zero is not None
+    offset = int(zero) + (128 if zero.dtype == np.int8 else 0)
+    static_scale = constant_of(inputs.scale)
+    key = None if static_scale is None else (inputs.source, float(static_scale), offset)
+    if key is not None and key in shared:
+        return shared[key]
+    zero_point = writer.constant(np.array(offset, np.uint8), "input_offset")
+    codes = writer.node(
+        "QuantizeLinear", [inputs.source, inputs.scale, zero_point], "QuantizeLinear",
+        dtype=ir.DataType.UINT8, shape=inputs.source.shape,
+    )  # fmt: skip
+    found = (codes, inputs.scale, zero_point)
+    if key is not None:
+        shared[key] = found
+    return found
+
+
+def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs) -> ir.Value:
+    integers, channel_scale = _int8_weight(gemm)
+    shape = gemm.node.outputs[0].shape
+    weight = writer.constant(integers, "int8_weight")
+    product = writer.node("MatMulInteger", [inputs.codes, weight], "MatMul", dtype=ir.DataType.INT32, shape=shape)
+    real = writer.node("Cast", [product], "to_float", dtype=FLOAT, shape=shape, to=FLOAT)
+    scaled = writer.node("Mul", [real, inputs.scale], "token_scale", dtype=FLOAT, shape=shape)
+    scale = writer.constant(channel_scale, "int8_scale")
+    return writer.node("Mul", [scaled, scale], "channel_scaled", dtype=FLOAT, shape=shape)
+
+
+def _weight_only(writer: Writer, gemm: Gemm) -> ir.Value:
+    weight = gemm.weight
+    inputs, outputs = weight.codes.shape
+    bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
+    block = _block_size(gemm)
+    blocks = -(-inputs // block)
+    packed, zero_points = _packed(weight, bits, block, blocks)
+    scale = np.repeat(weight.scale, max(1, weight.group_size // block), axis=0)[:blocks]
+    if weight.scale.shape[0] == 1:
+        scale = np.repeat(weight.scale, blocks, axis=0)
+    operands = [
+        gemm.node.inputs[0],
+        writer.constant(packed, "packed"),
+        writer.constant(scale.T, "block_scale"),
+        *([] if zero_points is None else [writer.constant(zero_points, "block_zero_point")]),
+    ]
+    return writer.node(
+        "MatMulNBits", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape,
+        K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=FP32_ARITHMETIC,
+    )  # fmt: skip
+
+
+def _block_size(gemm: Gemm) -> int:
+    """Largest block of MatMulNBits that stays within one group."""
+    if gemm.weight.scale.shape[0] == 1:
+        return next((b for b in BLOCK_SIZES if b <= gemm.weight.codes.shape[0]), BLOCK_SIZES[-1])
+    for block in BLOCK_SIZES:
+        if gemm.weight.group_size % block == 0:
+            return block
+    raise ValueError(f"{gemm.layer}: groups of {gemm.weight.group_size} are no multiple of {BLOCK_SIZES[-1]}")
+
+
+def _packed(weight: GemmWeight, bits: int, block: int, blocks: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """MatMulNBits' codes [N, blocks, block·bits/8] and zero-points [N, ceil(blocks·bits/8)]; unsigned throughout.
+
+    Signed codes are shifted by half the range, which is MatMulNBits' zero-point where none is given. A short last
+    block is filled up with codes that nothing reads.
+    """
+    inputs, outputs = weight.codes.shape
+    signed = weight.codes.dtype.name.startswith("int")
+    half = 1 << (bits - 1)
+    codes = weight.codes.astype(np.int16) + (half if signed else 0)
+    codes = np.pad(codes, ((0, blocks * block - inputs), (0, 0)), constant_values=half)
+    rows = _pack(codes.T.reshape(outputs, blocks, block), bits)
+    if weight.zero_point is None:
+        return rows, None
+    zero_point = np.repeat(weight.zero_point.astype(np.int16), max(1, weight.group_size // block), axis=0)[:blocks]
+    if weight.zero_point.shape[0] == 1:
+        zero_point = np.repeat(weight.zero_point.astype(np.int16), blocks, axis=0)
+    return rows, _pack(zero_point.T, bits)
+
+
+def _pack(codes: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:
+    """Codes of the last axis into bytes, the first in the low half."""
+    if bits == 8:
+        return codes.astype(np.uint8)
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), codes.dtype)], axis=-1)
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
