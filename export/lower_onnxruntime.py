@@ -57,7 +57,9 @@ def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
 def _int8_weight(gemm: Gemm) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     weight = gemm.weight.int8()
     if weight is None:
-        raise ValueError(f"{gemm.layer}: its weight is no per-channel INT8 weight, so an INT8 GEMM cannot run it")
+        raise ValueError(
+            f"{gemm.layer}: its weight is no per-channel INT8 weight, so an INT8 GEMM cannot run it"
+        )
     return weight
 
 
@@ -78,7 +80,12 @@ def _per_tensor(writer: Writer, gemm: Gemm, inputs: GemmInputs, shared: Shared) 
         operands += [None, add.inputs[1]]
         old = add.outputs[0]
     new = writer.node(
-        "MatMulIntegerToFloat", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape
+        "MatMulIntegerToFloat",
+        operands,
+        "MatMul",
+        domain=CONTRIB,
+        dtype=FLOAT,
+        shape=gemm.node.outputs[0].shape,
     )
     return old, new
 
@@ -92,7 +99,9 @@ def _bias_add(gemm: Gemm) -> ir.Node | None:
     return users[0] if bias is not None and bias.ndim == 1 else None
 
 
-def _unsigned_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _unsigned_codes(
+    writer: Writer, inputs: GemmInputs, shared: Shared
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Input codes as uint8 around a zero-point, their scale and the zero-point."""
     zero = constant_of(inputs.zero_point)
     assert zero is not None
@@ -116,7 +125,9 @@ def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs) -> ir.Value:
     integers, channel_scale = _int8_weight(gemm)
     shape = gemm.node.outputs[0].shape
     weight = writer.constant(integers, "int8_weight")
-    product = writer.node("MatMulInteger", [inputs.codes, weight], "MatMul", dtype=ir.DataType.INT32, shape=shape)
+    product = writer.node(
+        "MatMulInteger", [inputs.codes, weight], "MatMul", dtype=ir.DataType.INT32, shape=shape
+    )
     real = writer.node("Cast", [product], "to_float", dtype=FLOAT, shape=shape, to=FLOAT)
     scaled = writer.node("Mul", [real, inputs.scale], "token_scale", dtype=FLOAT, shape=shape)
     scale = writer.constant(channel_scale, "int8_scale")
@@ -155,7 +166,9 @@ def _block_size(gemm: Gemm) -> int:
     raise ValueError(f"{gemm.layer}: groups of {gemm.weight.group_size} are no multiple of {BLOCK_SIZES[-1]}")
 
 
-def _packed(weight: GemmWeight, bits: int, block: int, blocks: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+def _packed(
+    weight: GemmWeight, bits: int, block: int, blocks: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """MatMulNBits' codes [N, blocks, block·bits/8] and zero-points [N, ceil(blocks·bits/8)]; unsigned throughout.
 
     Signed codes are shifted by half the range, which is MatMulNBits' zero-point where none is given. A short last
@@ -169,7 +182,9 @@ def _packed(weight: GemmWeight, bits: int, block: int, blocks: int) -> tuple[NDA
     rows = _pack(codes.T.reshape(outputs, blocks, block), bits)
     if weight.zero_point is None:
         return rows, None
-    zero_point = np.repeat(weight.zero_point.astype(np.int16), max(1, weight.group_size // block), axis=0)[:blocks]
+    zero_point = np.repeat(weight.zero_point.astype(np.int16), max(1, weight.group_size // block), axis=0)[
+        :blocks
+    ]
     if weight.zero_point.shape[0] == 1:
         zero_point = np.repeat(weight.zero_point.astype(np.int16), blocks, axis=0)
     return rows, _pack(zero_point.T, bits)
