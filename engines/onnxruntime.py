@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from samq.engines.base import Arrays, Executed
 from samq.errors import BadInput, MachineLacks
-
-Arrays = Mapping[str, NDArray[Any]]
 
 # Without VNNI, x64 kernels multiply u8 × s8 in saturating 16 bits unless told to be exact.
 EXACT_INT8 = ("session.x64quantprecision", "1")
@@ -33,14 +30,6 @@ _EXECUTED = {
     "FusedGemm": "FP32 GEMM",
 }
 INT8_ACCURACY = 4  # accuracy_level of MatMulNBits that quantizes the activations
-
-
-@dataclass(frozen=True)
-class Executed:
-    """What the runtime made of one layer: in words, and the operator that it runs."""
-
-    compute: str
-    operator: str
 
 
 class OnnxRuntimeEngine:
@@ -109,15 +98,6 @@ def _compute(node: onnx.NodeProto) -> str:
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     arithmetic = "INT8" if attributes.get("accuracy_level", 0) == INT8_ACCURACY else "FP32"
     return f"INT{attributes['bits']} weights, {arithmetic} arithmetic"
-
-
-def zeros_like_inputs(engine: OnnxRuntimeEngine, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-    """Inputs of zeros; `sizes` gives the dynamic dimensions by name."""
-    feeds = {}
-    for value in engine._session.get_inputs():
-        shape = [sizes[side] if isinstance(side, str) else side for side in value.shape]
-        feeds[value.name] = np.zeros(shape, np.int64 if "int64" in value.type else np.float32)
-    return feeds
 
 
 def _options(threads: int) -> ort.SessionOptions:

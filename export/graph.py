@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,12 +104,3 @@ def remove_unused(model: ir.Model) -> None:
     """Drop nodes and initializers that no output depends on, and unused opset imports."""
     for step in (ir.passes.common.RemoveUnusedNodesPass(), ir.passes.common.RemoveUnusedOpsetsPass()):
         step(model)
-
-
-def initializer_bytes(model: ir.Model) -> Mapping[str, int]:
-    """Stored bytes of each initializer, by name."""
-    return {
-        name: value.const_value.nbytes
-        for name, value in model.graph.initializers.items()
-        if value.const_value
-    }

@@ -1,0 +1,34 @@
+"""What every engine offers: named arrays in, named arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One part of the model, ready to run.
+
+    Attributes:
+        inputs, outputs: names, in order.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by name; `feeds` may hold more than the inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What a runtime made of one layer: in words, and the operator that it runs."""
+
+    compute: str
+    operator: str

@@ -1,0 +1,45 @@
+"""What a person sees while samq works: progress bars on a terminal, log lines elsewhere, nothing when asked so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Messages and progress bars on stderr; stdout belongs to results.
+
+    Args:
+        quiet: say nothing but errors.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, message: str) -> None:
+        """One line for the user."""
+        if not self.quiet:
+            self.console.print(message, markup=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line that the user should not miss."""
+        if not self.quiet:
+            self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def track(self, title: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """Yields a function to call after each of `total` steps; a bar where there is a terminal, else two lines."""
+        started = time.perf_counter()
+        if self.quiet or not self.console.is_terminal:
+            yield lambda: None
+        else:
+            columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda: progress.advance(task)
+        self.say(f"{title}: {time.perf_counter() - started:.1f} s")
