@@ -29,9 +29,7 @@ class GptqResult:
     damping: float
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size: int, damping: float
-) -> GptqResult:
+def gptq(weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size: int, damping: float) -> GptqResult:
     """Quantize a weight matrix against its layer's inputs.
 
     Args:
@@ -68,7 +66,7 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         ValueError: the Hessian is zero or not finite.
     """
     mean = hessian.diagonal().mean()
-    if not torch.isfinite(hessian).all() or mean <= 0:
+    if not (torch.isfinite(hessian).all() and torch.isfinite(mean) and mean > 0):
         raise ValueError("the Hessian is zero or not finite")
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while True:

@@ -71,11 +71,10 @@ def _split_levels(
 
     The channel scale is searched over a few shrunken values, the integer beside it over both neighbours of the ratio.
     """
-    farthest = (
-        torch.full_like(step, grid.qmax) if grid.signed else torch.maximum(zero_point, grid.qmax - zero_point)
-    )
+    farthest = torch.full_like(step, grid.qmax) if grid.signed else torch.maximum(zero_point, grid.qmax - zero_point)
     limit = torch.floor(INT8_MAX / farthest)  # largest group scale that keeps the product in INT8
-    full = (step / limit).amax(1, keepdim=True)
+    needed = torch.where(values.any(-1), step / limit, 0)  # a group of zeros takes any step
+    full = needed.amax(1, keepdim=True)
     best = _Best(full)
     for ratio in CHANNEL_RATIOS:
         channel = as_fp16(full * ratio)
