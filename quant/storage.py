@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 from transformers import Sam2Config, Sam2Model
 
 from samq.errors import BadInput
@@ -33,9 +33,11 @@ from samq.quant.low_rank import LowRank
 
 FILE_NAME = "quantized.safetensors"
 FORMAT = "samq-1"
+UNREADABLE = (SafetensorError, OSError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+"""What reading a corrupt file may raise, in safetensors, JSON, transformers and PyTorch."""
 
 
-def save_quantized(directory: Path, model: nn.Module, codes: dict[str, LayerCodes]) -> Path:
+def save_quantized(directory: Path, model: Sam2Model, codes: dict[str, LayerCodes]) -> Path:
     """Write a quantized `Sam2Model`; returns the safetensors file.
 
     Raises:
@@ -52,8 +54,9 @@ def save_quantized(directory: Path, model: nn.Module, codes: dict[str, LayerCode
             tensors[name] = _narrowed(tensor)
     metadata = {"format": FORMAT, "layers": json.dumps(layers)}
     path = directory / FILE_NAME
+    whole = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
     with written_whole(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.write_bytes(whole)  # safetensors' own writing hides a full disk in an error of its own
     with written_whole(directory / "config.json") as temporary:
         model.config.to_json_file(temporary)
     return path
@@ -65,26 +68,45 @@ def load_quantized(directory: Path, device: str = "cpu") -> tuple[Sam2Model, dic
     Raises:
         BadInput: a file is missing or corrupt.
     """
-    path = directory / FILE_NAME
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; run `samq-export quantize` first")
+    path, config_path = directory / FILE_NAME, directory / "config.json"
+    for needed in (path, config_path):
+        if not needed.is_file():
+            raise BadInput(f"{needed} is missing; run `samq-export quantize` first")
+    try:
+        config = Sam2Config.from_json_file(config_path)
+    except UNREADABLE as error:
+        raise _corrupt(config_path, error) from error
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("format") != FORMAT:
             raise BadInput(f"{path} is not of the format {FORMAT}; run `samq-export quantize` again")
-        layers = json.loads(metadata["layers"])
-        model = Sam2Model(Sam2Config.from_json_file(directory / "config.json")).eval()
-        codes = {name: _decode(description, name, tensors) for name, description in layers.items()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BadInput(f"{path} is corrupt ({error}); run `samq-export quantize` again") from error
+        model, codes = _restore(config, json.loads(metadata["layers"]), tensors)
+    except UNREADABLE as error:
+        raise _corrupt(path, error) from error
+    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides nn.Module's signature
+    return model, codes
+
+
+def _restore(
+    config: Sam2Config, layers: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[Sam2Model, dict[str, LayerCodes]]:
+    """Model and codes; `tensors` is emptied of what belongs to the codes."""
+    model = Sam2Model(config)
+    codes = {name: _decode(description, name, tensors) for name, description in layers.items()}
     for name, layer in codes.items():
         replace_module(model, name, QuantizedLinear(layer))
     rest = {name: tensor.float() for name, tensor in tensors.items()}
     biases = {f"{name}.bias": layer.bias for name, layer in codes.items() if layer.bias is not None}
-    model.load_state_dict({name: (rest | biases)[name] for name in model.state_dict()})
-    return model.to(device), codes
+    model.load_state_dict(rest | biases)
+    model.train(False)
+    return model, codes
+
+
+def _corrupt(path: Path, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())[:200]  # PyTorch's errors have many lines
+    return BadInput(f"{path} is corrupt ({reason}); run `samq-export quantize` again")
 
 
 def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
