@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import Sam2Model
 
 from samq.calib.parts import ImageEncoder, MaskDecoder
 from samq.calib.prompting import Prompts, boxes, clicks, grid
@@ -21,7 +22,7 @@ DECODER_CALLS = 3  # clicks, then boxes, then masks of what the clicks found
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: Sam2Model,
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Tensor],
     expected_batches: int,
@@ -59,10 +60,8 @@ def calibrate(
     if seen == 0:
         raise BadInput("calibration saw no image; give a folder with images as --calib-data")
     for name, entry in statistics.items():
-        if entry.rows and not bool(torch.isfinite(entry.high - entry.low).all()):
-            raise BadInput(
-                f"{name}: its inputs are not finite on the calibration images; check the checkpoint"
-            )
+        if not entry.is_finite():
+            raise BadInput(f"{name}: its inputs are not finite on the calibration images; check the checkpoint")
     return statistics
 
 
@@ -71,9 +70,7 @@ def _prompt(decoder: MaskDecoder, features: tuple[Tensor, Tensor, Tensor], image
     for index in range(features[0].shape[0]):
         one = tuple(feature[index : index + 1] for feature in features)
         side = one[1].shape[-1]
-        logits = _decode(decoder, one, clicks(grid(image_size, GRID_PER_SIDE)), side, None)[
-            0, :, 0
-        ]  # [P, side, side]
+        logits = _decode(decoder, one, clicks(grid(image_size, GRID_PER_SIDE)), side, None)[0, :, 0]  # [P, side, side]
         found = (logits > 0).cpu().numpy()
         kept = [i for i, mask in enumerate(found) if mask.any()] or [0]
         corners = np.stack([_box(found[i], image_size / side) for i in kept])
@@ -91,9 +88,7 @@ def _decode(
 ) -> Tensor:
     device = features[0].device
     count = len(prompts)
-    mask_input = (
-        torch.zeros(1, count, 1, side, side, device=device) if masks is None else masks[None, :, None]
-    )
+    mask_input = torch.zeros(1, count, 1, side, side, device=device) if masks is None else masks[None, :, None]
     has_mask = torch.full((1, count), float(masks is not None), device=device)
     coords = torch.from_numpy(prompts.coords)[None].to(device)
     labels = torch.from_numpy(prompts.labels)[None].to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,6 +58,13 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian *= factor * factor[:, None]
 
+    def is_finite(self) -> bool:
+        """Neither an input nor a sum of their products overflowed or was NaN."""
+        gathered = [self.high - self.low] if self.rows else []
+        if self.hessian is not None:
+            gathered.append(self.hessian)
+        return all(bool(torch.isfinite(tensor).all()) for tensor in gathered)
+
     def absmax(self) -> Tensor:
         """[K] largest magnitude of each channel."""
         return torch.maximum(-self.low, self.high)
@@ -94,7 +101,7 @@ class Recorder:
                 handle.remove()
 
 
-def _adding_to(entry: InputStatistics, sample_rows: int):  # type: ignore[no-untyped-def]
+def _adding_to(entry: InputStatistics, sample_rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         entry.add(args[0], sample_rows)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
 from samq.quant.config import Recipe
@@ -24,7 +25,7 @@ from samq.quant.low_rank import LowRank, compensated, truncated_svd
 from samq.quant.plan import LayerPlan, grid_of
 from samq.quant.rotate import rotate_values
 from samq.quant.scales import choose_scales
-from samq.quant.sites import FoldSite, fold_sites
+from samq.quant.sites import FoldSite, fold_sites, linear_at
 from samq.quant.smooth import smooth
 
 RANGE = "range"  # smallest and largest input of each channel, and a sample of inputs
@@ -47,6 +48,11 @@ class LayerNotes:
     damping: float | None = None
     remarks: list[str] = field(default_factory=list)
 
+    def remark(self, sentence: str) -> None:
+        """Add a remark that is not there yet; the rounds of a compensated branch repeat theirs."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
 
 @dataclass
 class Work:
@@ -62,7 +68,7 @@ class Work:
         tick: called with a layer's name when it is done.
     """
 
-    model: nn.Module
+    model: Sam2Model
     recipe: Recipe
     plans: dict[str, LayerPlan]
     statistics: dict[str, InputStatistics]
@@ -105,7 +111,7 @@ class RotateValues(Pass):
         sites = [site for site in work.sites() if site.heads is not None]
         for site in sites:
             rotate_values(work.model, site)
-            work.note(site.layers[0]).remarks.append(f"inputs rotated per head, folded into {site.source}")
+            work.note(site.layers[0]).remark(f"inputs rotated per head, folded into {site.source}")
         return [site.layers[0] for site in sites]
 
 
@@ -120,18 +126,16 @@ class Smooth(Pass):
 
     def apply(self, work: Work) -> list[str]:
         """Smooth every site whose layers are all quantized; says so for layers that have none."""
-        touched = []
+        touched: list[str] = []
         for site in work.sites():
             absmax = torch.stack([work.statistics[layer].absmax() for layer in site.layers]).amax(0)
             factors = smooth(work.model, site, absmax, self.alpha)
             for layer in site.layers:
                 work.statistics[layer].rescale(1 / factors)
-                work.note(layer).remarks.append(f"inputs smoothed, folded into {site.source}")
+                work.note(layer).remark(f"inputs smoothed, folded into {site.source}")
             touched.extend(site.layers)
-        for layer in work.plans.keys() - set(touched):
-            work.note(layer).remarks.append(
-                "inputs not smoothed: nothing before this layer can absorb a scale"
-            )
+        for layer in [name for name in work.plans if name not in touched]:
+            work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
         return touched
 
 
@@ -154,8 +158,7 @@ class Quantize(Pass):
     def apply(self, work: Work) -> list[str]:
         """Quantize every planned layer and put its simulation into the model."""
         for name, plan in work.plans.items():
-            layer = work.model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
+            layer = linear_at(work.model, name)
             statistics = work.statistics.get(name)
             weight = layer.weight.detach().float()
             branch, quantized = self._quantize_weight(weight, plan, statistics, work.note(name))
@@ -176,7 +179,7 @@ class Quantize(Pass):
     ) -> tuple[LowRank | None, QuantizedWeight]:
         hessian = None if statistics is None else statistics.hessian
         if self.recipe.wgts.kernel_gptq is not None and (hessian is None or not hessian.any()):
-            notes.remarks.append("no calibration input reached this layer: rounded to nearest")
+            notes.remark("no calibration input reached this layer: rounded to nearest")
             hessian = None
 
         def quantize(residual: Tensor) -> QuantizedWeight:
@@ -190,9 +193,7 @@ class Quantize(Pass):
         branch = truncated_svd(weight, plan.rank)
         return branch, quantize(weight - branch.product())
 
-    def _round(
-        self, weight: Tensor, plan: LayerPlan, hessian: Tensor | None, notes: LayerNotes
-    ) -> QuantizedWeight:
+    def _round(self, weight: Tensor, plan: LayerPlan, hessian: Tensor | None, notes: LayerNotes) -> QuantizedWeight:
         grid, asked = grid_of(self.recipe), self.recipe.wgts.kernel_gptq
         importance = None if hessian is None else hessian.diagonal()
         scales = choose_scales(weight, grid, plan.group_size, importance)
@@ -201,7 +202,7 @@ class Quantize(Pass):
         result = gptq(weight, hessian, scales, grid, asked.block_size, asked.damp_percentage)
         notes.damping = result.damping
         if result.damping > asked.damp_percentage:
-            notes.remarks.append(
+            notes.remark(
                 f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {result.damping:g}"
             )
         return result.weight

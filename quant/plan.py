@@ -94,7 +94,7 @@ def group_for(inputs: int, asked: int, weight_only: bool) -> tuple[int, str]:
         if inputs % size == 0:
             return (
                 size,
-                f"{asked} does not divide {inputs}; {size} is its largest divisor that is a multiple of 16",
+                f"{asked} does not divide {inputs}; {size} is the largest multiple of 16 up to {asked} that does",
             )
     return inputs, f"one group: no multiple of 16 up to {asked} divides {inputs}"
 
@@ -121,9 +121,7 @@ def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None)
     inputs, outputs = module.in_features, module.out_features
     fp16_bytes = FP16_BYTES * inputs * outputs
     if skip is not None:
-        return LayerPlan(
-            name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes
-        )
+        return LayerPlan(name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes)
     group_size, grouping = group_for(inputs, recipe.wgts.group_size, recipe.weight_only)
     rank, ranking = _rank_for(inputs, outputs, recipe)
     planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(recipe))
@@ -145,12 +143,14 @@ def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
     low_rank = recipe.wgts.low_rank
     if low_rank is None:
         return 0, ""
-    largest = min(inputs, outputs)
+    largest, limit = min(inputs, outputs), "the layer's smaller side"
     if low_rank.max_overhead is not None:
-        largest = min(largest, int(low_rank.max_overhead * inputs * outputs / (inputs + outputs)))
+        capped = int(low_rank.max_overhead * inputs * outputs / (inputs + outputs))
+        if capped < largest:
+            largest, limit = capped, "wgts.low_rank.max_overhead"
     if low_rank.rank <= largest:
         return low_rank.rank, ""
-    return largest, f"{low_rank.rank} asked for; wgts.low_rank.max_overhead allows {largest}"
+    return largest, f"{low_rank.rank} asked for; {limit} allows {largest}"
 
 
 def _plan_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> LayerPlan:

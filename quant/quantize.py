@@ -7,20 +7,21 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Sam2Model
 
 from samq.calib.calibrate import calibrate
-from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder
+from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder, MaskDecoder
+from samq.calib.prompting import clicks, grid
 from samq.calib.statistics import InputStatistics
-from samq.errors import UsageError
+from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.quant.layers import LayerCodes
 from samq.quant.passes import HESSIAN, LayerNotes, Pass, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan
+from samq.quant.sites import linear_at
 
-EXACT_TOLERANCE = (
-    1e-3  # relative, of the encoder's output; FP32 rounding through the largest Hiera stays below
-)
+EXACT_TOLERANCE = 1e-3  # relative, of both parts' outputs; FP32 rounding through the largest Hiera stays below
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Quantized:
         notes: what happened to the quantized layers.
     """
 
-    model: nn.Module
+    model: Sam2Model
     codes: dict[str, LayerCodes]
     plans: list[LayerPlan]
     notes: dict[str, LayerNotes]
 
 
 def quantize(
-    model: nn.Module,
+    model: Sam2Model,
     recipe: Recipe,
     calibration: Calibration | None,
     parts: Collection[str] = PARTS,
@@ -71,7 +72,7 @@ def quantize(
 
     Raises:
         UsageError: the recipe needs calibration images and there are none, or a pass matched no layer.
-        BadInput: calibration met values that are not finite.
+        BadInput: the model or what calibration met is not finite.
         RuntimeError: a pass did not keep what it declares (a bug).
     """
     plans = make_plan(model, recipe, parts)
@@ -82,6 +83,9 @@ def quantize(
     needs = frozenset[str]().union(*(step.needs for step in passes))
     if needs and calibration is None:
         raise UsageError("this config needs calibration images; give a folder as --calib-data")
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadInput(f"{name} holds values that are not finite; check the checkpoint")
     work = Work(copy.deepcopy(model), recipe, chosen, {}, tick=tick)
     for step in passes:
         if step.needs and not work.statistics and calibration is not None:
@@ -91,11 +95,9 @@ def quantize(
 
 
 def _gather(work: Work, calibration: Calibration, with_hessian: bool) -> dict[str, InputStatistics]:
-    layers = {name: work.model.get_submodule(name) for name in work.plans}
+    layers = {name: linear_at(work.model, name) for name in work.plans}
     with_decoder = any(plan.part == MASK_DECODER for plan in work.plans.values())
-    return calibrate(
-        work.model, layers, calibration.batches, calibration.count, with_hessian, with_decoder, work.tick  # type: ignore[arg-type]
-    )  # fmt: skip
+    return calibrate(work.model, layers, calibration.batches, calibration.count, with_hessian, with_decoder, work.tick)
 
 
 def _run(step: Pass, work: Work) -> None:
@@ -106,16 +108,22 @@ def _run(step: Pass, work: Work) -> None:
         raise UsageError(f"{name} found no layer to work on in this model; disable it in the config")
     if probe is None:
         return
-    now = _probe(work.model)
-    change = float((now - probe).norm() / probe.norm())
-    if not change <= EXACT_TOLERANCE:
-        raise RuntimeError(f"{name} declares itself exact, but changed the encoder's output by {change:.2e}")
+    for output, before, after in zip(("encoder", "decoder"), probe, _probe(work.model), strict=True):
+        change = float((after - before).norm() / before.norm())
+        if not change <= EXACT_TOLERANCE:
+            raise RuntimeError(f"{name} declares itself exact, but changed the {output}'s output by {change:.2e}")
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> Tensor:
-    """The encoder's embedding of fixed noise, [1, C, h, w]."""
-    size = model.config.vision_config.backbone_config.image_size[0]
+def _probe(model: Sam2Model) -> tuple[Tensor, Tensor]:
+    """The encoder's embedding [1, C, h, w] of fixed noise, and the decoder's masks [1, 1, M, 4h, 4w] at its middle."""
+    size = model.prompt_encoder.input_image_size
+    assert isinstance(size, int)
+    device = next(model.parameters()).device
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    embeddings: Tensor = ImageEncoder(model)(noise.to(next(model.parameters()).device))[0]
-    return embeddings
+    features = ImageEncoder(model)(noise.to(device))
+    middle = clicks(grid(size, 1))
+    coords, labels = (torch.from_numpy(array)[None].to(device) for array in (middle.coords, middle.labels))
+    no_mask = torch.zeros(1, 1, 1, *features[1].shape[-2:], device=device)
+    masks = MaskDecoder(model)(*features, coords, labels, no_mask, torch.zeros(1, 1, device=device))[0]
+    return features[0], masks[:, :, 1:]  # without the answer that jumps to another mask when it is unstable
