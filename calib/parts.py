@@ -1,7 +1,8 @@
 """The two parts of a SAM2 model, with the inputs and outputs that every engine sees.
 
 `image_encoder`   pixel_values [B, 3, S, S]
-                  → image_embeddings [B, C, h, w], high_res_features_0 [B, C/8, 4h, 4w], high_res_features_1 [B, C/4, 2h, 2w]
+                  → image_embeddings [B, C, h, w], high_res_features_0 [B, C/8, 4h, 4w],
+                    high_res_features_1 [B, C/4, 2h, 2w]
 `mask_decoder`    the three above, point_coords [B, P, N, 2], point_labels [B, P, N], mask_input [B, P, 1, 4h, 4w],
                   has_mask_input [B, P]
                   → masks [B, P, 1 + M, 4h, 4w], iou_scores [B, P, 1 + M], object_score_logits [B, P, 1]
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
+    from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder
 
 IMAGE_ENCODER = "image_encoder"
 MASK_DECODER = "mask_decoder"
@@ -110,16 +112,18 @@ def _one_per_prompt(features: Tensor, prompts: int) -> Tensor:
     return features.unsqueeze(1).expand(-1, prompts, -1, -1, -1).flatten(0, 1)
 
 
-def _answering_single_and_multi(decoder: nn.Module) -> nn.Module:
+def _answering_single_and_multi(decoder: Sam2MaskDecoder) -> Sam2MaskDecoder:
     """A view of the decoder (weights shared) whose answer is the single mask followed by the multimask ones."""
     view = copy.copy(decoder)
     pick = type(decoder)._dynamic_multimask_via_stability
     falls_back = decoder.dynamic_multimask_via_stability
 
-    def single_then_multi(self: nn.Module, masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        single, score = pick(self, masks, scores) if falls_back else (masks[:, :, :1], scores[:, :, :1])
+    def single_then_multi(self: Sam2MaskDecoder, masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        single, score = masks[:, :, :1], scores[:, :, :1]
+        if falls_back:
+            single, score = pick(self, masks, scores)  # type: ignore[no-untyped-call]
         return torch.cat([single, masks[:, :, 1:]], dim=2), torch.cat([score, scores[:, :, 1:]], dim=2)
 
     view.dynamic_multimask_via_stability = True
-    view._dynamic_multimask_via_stability = MethodType(single_then_multi, view)
+    view._dynamic_multimask_via_stability = MethodType(single_then_multi, view)  # type: ignore[method-assign]
     return view

@@ -101,7 +101,7 @@ class QuantizedWeight:
         return (self.codes.float() - zero_point) * step
 
     def as_int8(self) -> Tensor:
-        """The INT8 weight of a two-level or an INT8 grid, [N, K]; multiply by the per-channel scale for the real one."""
+        """The INT8 weight of a two-level or an INT8 grid, [N, K]; the real one is this times the per-channel scale."""
         if self.scales.channel_scale is None:
             return self.codes
         scale = spread(self.scales.scale, self.scales.group_size, self.codes.shape[1])

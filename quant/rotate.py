@@ -9,8 +9,8 @@ and no entry is larger than √2/√width, so that one outlier is spread over th
 
 from __future__ import annotations
 
-import scipy.fft
-import scipy.linalg
+import scipy.fft  # type: ignore[import-untyped]
+import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +21,7 @@ def spreading_rotation(width: int) -> Tensor:
     """Orthogonal [width, width] float64 matrix with entries of like size."""
     power = width & -width
     hadamard = torch.tensor(scipy.linalg.hadamard(power), dtype=torch.float64) / power**0.5
-    odd = torch.tensor(
-        scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0)
-    )
+    odd = torch.tensor(scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0))
     return torch.kron(hadamard, odd)
 
 
@@ -35,10 +33,10 @@ def rotate_values(model: nn.Module, site: FoldSite) -> None:
         site: a site with heads.
     """
     assert site.heads is not None
-    source, output = model.get_submodule(site.source), model.get_submodule(site.layers[0])
+    source, (output,) = site.source_in(model), site.layers_in(model)
     start, stop = site.rows
-    rotation = torch.block_diag(*[spreading_rotation((stop - start) // site.heads)] * site.heads)
-    rotation = rotation.to(source.weight.device)
+    of_head = spreading_rotation((stop - start) // site.heads).to(source.weight.device)
+    rotation = torch.kron(torch.eye(site.heads, dtype=of_head.dtype, device=of_head.device), of_head)
     source.weight[start:stop] = (rotation @ source.weight[start:stop].double()).to(source.weight.dtype)
     source.bias[start:stop] = (rotation @ source.bias[start:stop].double()).to(source.bias.dtype)
     output.weight.copy_(output.weight.double() @ rotation.T)

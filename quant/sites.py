@@ -1,10 +1,11 @@
 """Places in a SAM2 model where a change of the activations' basis can be folded into weights, exactly.
 
-| site              | sits on the input of         | its inverse goes into                     | algebra                           |
-|-------------------|------------------------------|-------------------------------------------|-----------------------------------|
-| after LayerNorm   | the linears that it feeds    | its gain and bias                         | diag(s) only: LN(x)·s             |
-| value → output    | an attention's output linear | the rows of v (softmax mixes tokens only) | diag(s), or a rotation per head   |
-| ReLU in between   | an MLP's next linear         | the rows of the linear before             | diag(s), s > 0: relu(s·x)=s·relu(x) |
+| site            | sits on the input of         | its inverse goes into         | algebra                             |
+|-----------------|------------------------------|-------------------------------|-------------------------------------|
+| after LayerNorm | the linears that it feeds    | its gain and bias             | diag(s) only: LN(x)·s               |
+| value → output  | an attention's output linear | the rows of v, as softmax     | diag(s), or a rotation per head     |
+|                 |                              | mixes tokens only             |                                     |
+| ReLU in between | an MLP's next linear         | the rows of the linear before | diag(s), s > 0: relu(s·x)=s·relu(x) |
 
 Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNorms also feed the residual stream.
 """
@@ -12,6 +13,7 @@ Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 from transformers.models.sam2.modeling_sam2 import (
@@ -38,6 +40,23 @@ class FoldSite:
     layers: tuple[str, ...]
     heads: int | None = None
 
+    def source_in(self, model: nn.Module) -> nn.LayerNorm | nn.Linear:
+        """The module that takes the inverse."""
+        module = model.get_submodule(self.source)
+        assert isinstance(module, nn.LayerNorm | nn.Linear)
+        return module
+
+    def layers_in(self, model: nn.Module) -> list[nn.Linear]:
+        """The linear layers that read the activations."""
+        return [linear_at(model, name) for name in self.layers]
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer called `name`."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), f"{name} is no linear layer"
+    return layer
+
 
 def fold_sites(model: nn.Module) -> list[FoldSite]:
     """All fold sites of a `Sam2Model`, in the order in which they run."""
@@ -56,7 +75,7 @@ def fold_sites(model: nn.Module) -> list[FoldSite]:
             sites.append(FoldSite(f"{name}.v_proj", rows, (f"{name}.o_proj",), module.num_attention_heads))
         elif isinstance(module, Sam2FeedForward) and isinstance(module.activation, nn.ReLU):
             chain = ["proj_in", *(f"layers.{i}" for i in range(len(module.layers))), "proj_out"]
-            for before, after in zip(chain, chain[1:], strict=False):
-                rows = (0, module.get_submodule(before).out_features)
+            for before, after in pairwise(chain):
+                rows = (0, linear_at(module, before).out_features)
                 sites.append(FoldSite(f"{name}.{before}", rows, (f"{name}.{after}",)))
     return sites

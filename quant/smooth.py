@@ -28,12 +28,12 @@ def smooth(model: nn.Module, site: FoldSite, input_absmax: Tensor, alpha: float)
     Returns:
         s [K], by which the layers' inputs are now divided.
     """
-    layers = [model.get_submodule(name) for name in site.layers]
+    layers = site.layers_in(model)
     weight_absmax = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
     factors = smoothing_factors(input_absmax, weight_absmax, alpha)
     for layer in layers:
         layer.weight *= factors
-    source, rows = model.get_submodule(site.source), slice(*site.rows)
+    source, rows = site.source_in(model), slice(*site.rows)
     scale = factors if source.weight.ndim == 1 else factors[:, None]
     source.weight[rows] /= scale
     source.bias[rows] /= factors
