@@ -16,10 +16,12 @@ class Engine(Protocol):
 
     Attributes:
         inputs, outputs: names, in order.
+        shapes: input name → sides; a dynamic side has a name instead of a number.
     """
 
     inputs: Sequence[str]
     outputs: Sequence[str]
+    shapes: Mapping[str, Sequence[int | str]]
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name; `feeds` may hold more than the inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,11 @@ class OnnxRuntimeEngine:
         if not path.is_file():
             raise BadInput(f"{path} is missing; run `samq-export build` first")
         try:
-            self._session = ort.InferenceSession(
-                str(path), _options(threads), providers=["CPUExecutionProvider"]
-            )
-        except (
-            Exception
-        ) as error:  # the binding raises classes of its own, all of them directly below Exception
+            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
             raise BadInput(f"{path}: ONNX Runtime does not take it ({_first_line(error)})") from error
         self.inputs: Sequence[str] = [value.name for value in self._session.get_inputs()]
+        self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._session.get_inputs()}
         self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
@@ -64,9 +61,7 @@ class OnnxRuntimeEngine:
             answers = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except Exception as error:
             if "Failed to allocate" in str(error) or "bad_alloc" in str(error):
-                raise MachineLacks(
-                    f"{self.path.name}: out of memory; use a smaller batch or --image-size"
-                ) from error
+                raise MachineLacks(f"{self.path.name}: out of memory; use a smaller batch or --image-size") from error
             raise BadInput(f"{self.path.name}: {_first_line(error)}") from error
         return dict(zip(self.outputs, answers, strict=True))
 

@@ -96,9 +96,7 @@ def _gemm(writer: Writer, x: ir.Value, weight: ir.Value, bias: Tensor | None, li
 
 
 def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value) -> ir.Value:
-    inputs = (
-        x if layer.inputs is None else _quantized_inputs(writer, x, layer.inputs, layer.weight.codes.shape[1])
-    )
+    inputs = x if layer.inputs is None else _quantized_inputs(writer, x, layer.inputs, layer.weight.codes.shape[1])
     result = _gemm(writer, inputs, _quantized_weight(writer, layer.weight), layer.bias, like)
     return result if layer.branch is None else _branch(writer, x, layer.branch, result)
 
@@ -115,9 +113,7 @@ def _quantized_inputs(writer: Writer, x: ir.Value, grid: InputGrid, width: int) 
         scale = _dynamic_scale(writer, x, grid)
         per_token = grid.granularity == "per_token"
         block = {"axis": -1, "block_size": width} if per_token else {}
-        asks_type = (
-            {"output_dtype": int(code)} if per_token else {}
-        )  # beside a zero-point, ORT 1.32 trips over it
+        asks_type = {"output_dtype": int(code)} if per_token else {}  # beside a zero-point, ORT 1.32 trips over it
         parameters = [scale] if per_token else [scale, zero_point]
     codes = writer.node(
         "QuantizeLinear", [x, *parameters], "QuantizeLinear", dtype=code, shape=x.shape, **block, **asks_type
@@ -184,17 +180,11 @@ def _branch(writer: Writer, x: ir.Value, branch: LowRank, result: ir.Value) -> i
         stored = writer.constant(_array(factor.T).astype(np.float16), f"{LOW_RANK}/{name}_weight")
         shape = stored.shape
         factors.append(
-            writer.node(
-                "Cast", [stored], f"{LOW_RANK}/{name}_cast", dtype=FLOAT, shape=shape, role=LOW_RANK, to=FLOAT
-            )
+            writer.node("Cast", [stored], f"{LOW_RANK}/{name}_cast", dtype=FLOAT, shape=shape, role=LOW_RANK, to=FLOAT)
         )
     narrow = writer.node("MatMul", [x, factors[0]], f"{LOW_RANK}/down", dtype=FLOAT, role=LOW_RANK)
-    wide = writer.node(
-        "MatMul", [narrow, factors[1]], f"{LOW_RANK}/up", dtype=FLOAT, shape=result.shape, role=LOW_RANK
-    )
-    return writer.node(
-        "Add", [result, wide], f"{LOW_RANK}/Add", dtype=FLOAT, shape=result.shape, role=LOW_RANK
-    )
+    wide = writer.node("MatMul", [narrow, factors[1]], f"{LOW_RANK}/up", dtype=FLOAT, shape=result.shape, role=LOW_RANK)
+    return writer.node("Add", [result, wide], f"{LOW_RANK}/Add", dtype=FLOAT, shape=result.shape, role=LOW_RANK)
 
 
 def _codes(codes: Tensor, bits: int, signed: bool) -> NDArray[np.generic]:

@@ -57,9 +57,7 @@ def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
 def _int8_weight(gemm: Gemm) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     weight = gemm.weight.int8()
     if weight is None:
-        raise ValueError(
-            f"{gemm.layer}: its weight is no per-channel INT8 weight, so an INT8 GEMM cannot run it"
-        )
+        raise ValueError(f"{gemm.layer}: its weight is no per-channel INT8 weight, so an INT8 GEMM cannot run it")
     return weight
 
 
@@ -99,9 +97,7 @@ def _bias_add(gemm: Gemm) -> ir.Node | None:
     return users[0] if bias is not None and bias.ndim == 1 else None
 
 
-def _unsigned_codes(
-    writer: Writer, inputs: GemmInputs, shared: Shared
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _unsigned_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Input codes as uint8 around a zero-point, their scale and the zero-point."""
     zero = constant_of(inputs.zero_point)
     assert zero is not None
@@ -125,9 +121,7 @@ def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs) -> ir.Value:
     integers, channel_scale = _int8_weight(gemm)
     shape = gemm.node.outputs[0].shape
     weight = writer.constant(integers, "int8_weight")
-    product = writer.node(
-        "MatMulInteger", [inputs.codes, weight], "MatMul", dtype=ir.DataType.INT32, shape=shape
-    )
+    product = writer.node("MatMulInteger", [inputs.codes, weight], "MatMul", dtype=ir.DataType.INT32, shape=shape)
     real = writer.node("Cast", [product], "to_float", dtype=FLOAT, shape=shape, to=FLOAT)
     scaled = writer.node("Mul", [real, inputs.scale], "token_scale", dtype=FLOAT, shape=shape)
     scale = writer.constant(channel_scale, "int8_scale")
@@ -182,9 +176,7 @@ def _packed(
     rows = _pack(codes.T.reshape(outputs, blocks, block), bits)
     if weight.zero_point is None:
         return rows, None
-    zero_point = np.repeat(weight.zero_point.astype(np.int16), max(1, weight.group_size // block), axis=0)[
-        :blocks
-    ]
+    zero_point = np.repeat(weight.zero_point.astype(np.int16), max(1, weight.group_size // block), axis=0)[:blocks]
     if weight.zero_point.shape[0] == 1:
         zero_point = np.repeat(weight.zero_point.astype(np.int16), blocks, axis=0)
     return rows, _pack(zero_point.T, bits)

@@ -119,9 +119,7 @@ def set_parameters(skeleton: ir.Model, model: nn.Module) -> ir.Model:
     return filled
 
 
-def _prepare(
-    model: nn.Module, part: str, sizes: StaticShape
-) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
+def _prepare(model: nn.Module, part: str, sizes: StaticShape) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
     shell = _shell_of(model)
     config = model.config
     size = config.prompt_encoder_config.image_size

@@ -104,9 +104,7 @@ def _summary(records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _evaluate_image(
-    baseline: Predictor, quantized: Predictor, sample: Sample, processor: SamProcessor
-) -> list[Record]:
+def _evaluate_image(baseline: Predictor, quantized: Predictor, sample: Sample, processor: SamProcessor) -> list[Record]:
     processed = processor(sample.image)
     size = processed.original_size
     features = [predictor.encode(processed.pixel_values) for predictor in (baseline, quantized)]

@@ -1,11 +1,11 @@
 """The output directory: what is in it, which stages are done, and whose work it is.
 
-    manifest.json       stages done, sha256 of each artifact, the job's fingerprint
-    config.yaml         the resolved recipe
-    weights/            quantized.safetensors, config.json, layers.json
-    onnx/               canonical Q/DQ parts; fp32/ and fp16/ hold the baseline's
-    engines/<target>/   lowered parts
-    report/             report.json, report.md
+manifest.json       stages done, sha256 of each artifact, the job's fingerprint
+config.yaml         the resolved recipe
+weights/            quantized.safetensors, config.json, layers.json
+onnx/               canonical Q/DQ parts; fp32/ and fp16/ hold the baseline's
+engines/<target>/   lowered parts
+report/             report.json, report.md
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class OutputDir:
         self.stages[stage] = {"artifacts": digests, "seconds": round(seconds, 3), **details}
         for later in STAGES[STAGES.index(stage) + 1 :]:
             self.stages.pop(later, None)
-        write_json(
-            self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages}
-        )
+        write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
 
 
 def _remove_ours(path: Path) -> None:

@@ -1,0 +1,294 @@
+"""`samq-export`: the command line.
+
+Exit codes: 0 done · 2 bad usage or config · 3 accuracy gate missed · 4 engine slower than asked · 5 the machine lacks
+what was asked for · 6 bad input data or checkpoint · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from samq import __version__
+from samq.errors import SamqError, UsageError
+
+PARTS = ("image_encoder", "mask_decoder")
+DEFAULT_CONFIG = "int4_svdquant"
+INTERRUPTED = 130
+
+EPILOG = """
+\b
+Exit codes: 0 done; 2 bad usage or config; 3 accuracy gate missed;
+4 engine slower than asked; 5 the machine lacks what was asked for;
+6 bad input data or checkpoint.
+"""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order given."""
+
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def _parse_parts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in value.split(",") if part.strip())
+    wrong = [part for part in chosen if part not in PARTS]
+    if wrong or not chosen:
+        raise click.BadParameter(f"{', '.join(wrong) or 'nothing'} given; choose from {', '.join(PARTS)}")
+    return chosen
+
+
+_output = click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Directory of the results.")
+_talk = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, messages on stderr."),
+    click.option("--quiet", is_flag=True, help="No messages but errors."),
+)
+_device = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="For calibration and PTQ."
+)
+_engine = click.option(
+    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What will run it."
+)
+_what = _options(
+    click.option(
+        "--config", default=DEFAULT_CONFIG, show_default=True, help="A preset's name, or the path of a YAML file."
+    ),
+    click.option("--num-calib-samples", type=click.IntRange(1), help="Calibration images.  [default: the config's]"),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option(
+        "--parts",
+        default=",".join(PARTS),
+        show_default=True,
+        callback=_parse_parts,
+        help="Parts to quantize; the others stay float.",
+    ),
+    click.option("--force", is_flag=True, help="Overwrite another job's results in the output directory."),
+    click.option("--dry-run", is_flag=True, help="Print what each layer will become, and write nothing."),
+    _device,
+)
+_model = _options(
+    click.option(
+        "--model-path",
+        required=True,
+        help="Checkpoint: a local directory, or a hub id such as facebook/sam2.1-hiera-tiny.",
+    ),
+    click.option(
+        "--calib-data",
+        help="Calibration images: a folder, a COCO .json file, or module:factory of a torch Dataset.",
+    ),
+    click.option("--image-size", type=click.IntRange(32), help="Side of the input in pixels.  [default: the model's]"),
+    click.option("--allow-pickle", is_flag=True, help="Accept a pickled checkpoint (read with weights_only)."),
+)
+_static = click.option(
+    "--static-shapes", is_flag=True, help="Export for one image, one prompt and two points instead of any number."
+)
+_gates = _options(
+    click.option("--min-relative-miou", type=click.FloatRange(0, 1), help="Exit 3 below this accuracy."),
+    click.option("--min-speedup", type=click.FloatRange(0), help="Exit 4 below this ratio to the FP32 baseline."),
+)
+_evaluation = _options(
+    click.option("--eval-data", help="Evaluation images: a folder, a COCO .json file, or module:factory."),
+    click.option("--num-eval-samples", type=click.IntRange(1), default=32, show_default=True),
+)
+
+
+class _Ordered(click.Group):
+    """Subcommands in the order of the job, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Ordered, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="samq-export")
+def cli() -> None:
+    """Quantize a Segment Anything model, and turn it into a checked engine.
+
+    \b
+    The whole job:    samq-export run --model-path DIR --calib-data PHOTOS --output-dir OUT
+    On the demo:      samq-export demo --output-dir out/demo
+    Stage by stage:   quantize, export, build, validate, each going on from OUT
+    """
+
+
+@cli.command()
+@_model
+@_what
+@_static
+@_engine
+@_evaluation
+@_gates
+@_output
+@_talk
+def run(**options: Any) -> None:
+    """Quantize, export, build and validate.
+
+    \b
+    samq-export run --model-path facebook/sam2.1-hiera-tiny --config int4_w4a8 \\
+        --calib-data ./photos --num-calib-samples 128 --output-dir ./out
+    """
+    _whole_job(options)
+
+
+@cli.command()
+@_what
+@_static
+@_engine
+@_evaluation
+@_gates
+@_output
+@_talk
+def demo(**options: Any) -> None:
+    """`run` on the demo model that is shipped with samq."""
+    from samq.tools.demo.dataset import CHECKPOINT, IMAGES
+
+    _whole_job(
+        {**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES), "image_size": None, "allow_pickle": False}
+    )
+
+
+@cli.command()
+@_model
+@_what
+@_output
+@_talk
+def quantize(**options: Any) -> None:
+    """Checkpoint and images to quantized weights."""
+    _start(options, stages=("quantize",))
+
+
+@cli.command()
+@_static
+@_output
+@_talk
+def export(**options: Any) -> None:
+    """Quantized weights to Q/DQ ONNX, with the float baseline beside it."""
+    _go_on(options, "export", static_shapes=options["static_shapes"])
+
+
+@cli.command()
+@_engine
+@_output
+@_talk
+def build(**options: Any) -> None:
+    """Q/DQ ONNX to an engine."""
+    _go_on(options, "build", engine=options["engine"])
+
+
+@cli.command()
+@_evaluation
+@_gates
+@_output
+@_talk
+def validate(**options: Any) -> None:
+    """Engine against baseline: accuracy, size, speed, and what was executed."""
+    _go_on(options, "validate", eval_data=options["eval_data"], num_eval_samples=options["num_eval_samples"])
+
+
+@cli.command()
+@_talk
+def doctor(as_json: bool, quiet: bool) -> None:
+    """What this machine can do, and what its engines would execute."""
+    from samq.tools.doctor import as_text, examine
+
+    facts = examine()
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+
+
+def _whole_job(options: dict[str, Any]) -> None:
+    _start(options, stages=("quantize", "export", "build", "validate"))
+
+
+def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
+    """Claim the output directory for a new job, or find it again, and run its stages."""
+    from samq.tools.job import FIELDS, Job, open_data
+    from samq.tools.plan_table import plan_as_json, print_plan
+    from samq.tools.progress import Reporter
+    from samq.tools.stages import claim, load, recipe_of, run_stages
+
+    reporter = Reporter(options["quiet"])
+    recipe = recipe_of(options["config"], options["num_calib_samples"])
+    job = Job(model=options["model_path"], **{key: options[key] for key in FIELDS if key in options})
+    checkpoint = load(job)
+    if options["dry_run"]:
+        if options["as_json"]:
+            _print_json(plan_as_json(checkpoint.model, recipe, job.parts))
+        else:
+            print_plan(checkpoint.model, recipe, job.parts)
+        return
+    data = open_data(job, recipe)
+    out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
+    gates = (options.get("min_relative_miou"), options.get("min_speedup"))
+    _finish(options, run_stages(out, job, recipe, stages, gates, reporter, checkpoint, data))
+
+
+def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
+    """Run one later stage of the job that an output directory holds."""
+    from dataclasses import replace
+
+    from samq.quant.config import load_recipe
+    from samq.tools.job import Job
+    from samq.tools.outdir import OutputDir
+    from samq.tools.progress import Reporter
+    from samq.tools.stages import run_stages
+
+    out = OutputDir.open(options["output_dir"])
+    out.require("quantize")
+    job = replace(Job.from_json(out.job), **{key: value for key, value in changes.items() if value is not None})
+    recipe = load_recipe(str(out.path / "config.yaml"))
+    gates = (options.get("min_relative_miou"), options.get("min_speedup"))
+    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"])))
+
+
+def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
+    from samq.tools.report import verdict
+
+    if options["as_json"]:
+        _print_json(result)
+    elif "accuracy" in result:
+        click.echo(verdict(result))
+        click.echo(f"Report: {options['output_dir'] / 'report' / 'report.md'}")
+    else:
+        click.echo(f"Done: {options['output_dir']} ({', '.join(result['stages'])})")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def main() -> NoReturn:
+    """Entry point: every expected failure becomes one line and its exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), UsageError.exit_code)
+    except SamqError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command goes on with the finished stages", INTERRUPTED)
+    sys.exit(0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    if "--json" in sys.argv:
+        _print_json({"error": message, "exit_code": exit_code})
+    click.echo(f"samq-export: {message}", err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

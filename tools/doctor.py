@@ -1,0 +1,71 @@
+"""`samq-export doctor`: what this machine can do, and what its engines would execute for each preset."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+from typing import Any
+
+import onnxruntime
+import torch
+
+from samq.quant.config import load_recipe, preset_names
+from samq.tools.report import environment, requested_compute
+
+
+def examine() -> dict[str, Any]:
+    """Facts about the machine, as JSON values."""
+    return {
+        **environment(),
+        "onnxruntime_providers": onnxruntime.get_available_providers(),
+        "gpu": _gpu(),
+        "torch_cuda": torch.cuda.is_available(),
+        "tensorrt": _version("tensorrt"),
+        "modelopt": _version("nvidia-modelopt"),
+        "triton_client": _version("tritonclient"),
+        "int8_instructions": _int8_instructions(),
+        "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
+        "presets": {name: {"onnxruntime": requested_compute(load_recipe(name))} for name in preset_names()},
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for a person."""
+    lines = [f"{key:<22} {_shown(value)}" for key, value in facts.items() if key != "presets"]
+    lines += ["", "what engines execute for a quantized layer:"]
+    for name, engines in facts["presets"].items():
+        lines += [f"  {name:<18} {engine}: {compute}" for engine, compute in engines.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not installed"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> list[str]:
+    """GPUs by nvidia-smi, which needs no Python package."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def _int8_instructions() -> list[str]:
+    """CPU instructions that make INT8 GEMMs fast."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return []
+    return [flag for flag in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8") if flag in flags]

@@ -1,0 +1,136 @@
+"""A job: what was asked for, and the fingerprint by which its results are known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import samq
+from samq.calib.parts import PARTS
+from samq.calib.sources import ImageSource, open_source, split
+from samq.errors import UsageError
+from samq.quant.config import Recipe
+from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
+
+CODE = ("calib", "quant", "export")  # packages whose code decides the weights and the ONNX files
+LARGEST_SET_ASIDE = 0.2  # share of the calibration images that may be kept back for evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the command line says about the model and its data.
+
+    Args:
+        model: local directory or hub id.
+        calib_data: source of calibration images (see `samq.calib.sources`), or None.
+        eval_data: source of evaluation images, or None for the default.
+        num_eval_samples: images to evaluate on.
+        engine: name of the engine.
+        device: "cpu" or "cuda", for calibration and quantization.
+        seed: of every random choice.
+        parts: parts to quantize.
+        image_size: side of the model's input in pixels, None for the checkpoint's.
+        static_shapes: export with one image, one prompt and two points instead of dynamic numbers.
+        allow_pickle: accept a pickled checkpoint.
+    """
+
+    model: str
+    calib_data: str | None = None
+    eval_data: str | None = None
+    num_eval_samples: int = 32
+    engine: str = "onnxruntime"
+    device: str = "cpu"
+    seed: int = 0
+    parts: tuple[str, ...] = PARTS
+    image_size: int | None = None
+    static_shapes: bool = False
+    allow_pickle: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The job as JSON values; `from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Job:
+        """Inverse of `as_json`."""
+        return Job(**(values | {"parts": tuple(values["parts"])}))
+
+    @property
+    def is_demo(self) -> bool:
+        """The job is about the shipped demo model."""
+        return Path(self.model).resolve() == CHECKPOINT.resolve()
+
+
+FIELDS = tuple(field.name for field in fields(Job))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to calibrate on and to evaluate on; None where there are none.
+
+    Args:
+        origin: where the evaluation images come from, for the report.
+    """
+
+    calibration: ImageSource | None
+    evaluation: ImageSource | None
+    origin: str
+
+
+def open_data(job: Job, recipe: Recipe) -> Data:
+    """Decide which images serve for what.
+
+    Without `eval_data`, the demo model is evaluated on its held-out scenes and any other model on images set aside from
+    the calibration folder.
+
+    Raises:
+        UsageError: the recipe needs calibration images and none are given.
+        BadInput: a source cannot be opened.
+    """
+    given = job.calib_data or recipe.calib.path
+    if recipe.needs_calibration and given is None:
+        raise UsageError("this config needs calibration images; give a folder of photos as --calib-data")
+    source = None if given is None else open_source(given)
+    calibration = source if recipe.needs_calibration else None
+    if job.eval_data is not None:
+        evaluation = open_source(job.eval_data)
+        return Data(calibration, evaluation, f"--eval-data: {evaluation.description}")
+    if job.is_demo:
+        return Data(calibration, open_source(HELD_OUT), "held-out scenes of the demo model")
+    if source is None:
+        return Data(None, None, "none: give --eval-data")
+    if calibration is None:
+        return Data(None, source, f"--calib-data, which this config did not calibrate on: {source.description}")
+    aside = min(job.num_eval_samples, int(len(source) * LARGEST_SET_ASIDE))
+    if aside == 0:
+        return Data(calibration, None, f"none: {source.description} is too small to set images aside; give --eval-data")
+    kept, evaluation = split(source, aside, job.seed)
+    return Data(kept, evaluation, f"{aside} images set aside from {source.description}, not calibrated on")
+
+
+def fingerprint(job: Job, recipe: Recipe, checkpoint_fingerprint: str, data: Data) -> str:
+    """Hex digest of what decides the weights and the ONNX files."""
+    decisive = {
+        "recipe": recipe.to_yaml(),
+        "checkpoint": checkpoint_fingerprint,
+        "calibration": None if data.calibration is None else data.calibration.fingerprint(),
+        "seed": job.seed,
+        "parts": job.parts,
+        "image_size": job.image_size,
+        "static_shapes": job.static_shapes,
+        "version": samq.__version__,
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(samq.__file__).parent
+    for package in CODE:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""`--dry-run`: what each layer will become, in bytes, and what is skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from samq.quant.config import Recipe
+from samq.quant.plan import LayerPlan, describe_request, make_plan
+
+
+def plan_as_json(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> dict[str, Any]:
+    """The plan as JSON values."""
+    plans = make_plan(model, recipe, parts)
+    rows = [asdict(plan) | {"becomes": _becomes(plan, recipe)} for plan in plans]
+    return {"layers": rows, "total": _totals(plans)}
+
+
+def print_plan(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> None:
+    """The plan as a table on stdout."""
+    plans = make_plan(model, recipe, parts)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, justify in (
+        ("layer", "left"),
+        ("K → N", "right"),
+        ("becomes", "left"),
+        ("bytes", "right"),
+        ("", "left"),
+    ):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for plan in plans:
+        size = f"{plan.fp16_bytes:,} → {plan.planned_bytes:,}" if plan.skip is None else f"{plan.fp16_bytes:,}"
+        remark = plan.skip or "; ".join(filter(None, (plan.grouping, plan.ranking)))
+        shape = f"{plan.in_features} → {plan.out_features}"
+        table.add_row(plan.name, shape, _becomes(plan, recipe), size, remark)
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(table)
+    totals = _totals(plans)
+    console.print(
+        f"\n{totals['quantized']} layers quantized, {totals['kept']} kept; "
+        f"{totals['fp16_bytes']:,} → {totals['planned_bytes']:,} bytes of weights against FP16"
+    )
+
+
+def _becomes(plan: LayerPlan, recipe: Recipe) -> str:
+    if plan.skip is not None:
+        return "float"
+    branch = f" + rank {plan.rank}" if plan.rank else ""
+    return f"{describe_request(recipe)}, groups of {plan.group_size}{branch}"
+
+
+def _totals(plans: list[LayerPlan]) -> dict[str, int]:
+    return {
+        "quantized": sum(plan.skip is None for plan in plans),
+        "kept": sum(plan.skip is not None for plan in plans),
+        "fp16_bytes": sum(plan.fp16_bytes for plan in plans),
+        "planned_bytes": sum(plan.planned_bytes for plan in plans),
+    }

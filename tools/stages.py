@@ -1,0 +1,330 @@
+"""The stages of the main job. Each goes on from what the ones before it left in the output directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from samq.calib.checkpoint import Checkpoint, load_checkpoint
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
+from samq.calib.processor import SamProcessor
+from samq.calib.prompting import boxes
+from samq.calib.sources import take
+from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
+from samq.engines.predictor import Predictor, prompt_feeds
+from samq.errors import AccuracyGateMissed, SpeedGateMissed, UsageError
+from samq.export.lower_onnxruntime import lower_for_onnxruntime
+from samq.export.parts import float_part, quantized_part, save_part
+from samq.export.trace import StaticShape, trace
+from samq.files import write_json, write_text
+from samq.quant.config import Recipe, load_recipe
+from samq.quant.plan import describe_request
+from samq.quant.quantize import Calibration, Quantized, quantize
+from samq.quant.storage import load_quantized, save_quantized
+from samq.tools.evaluate import as_json, evaluate, summarize
+from samq.tools.job import Data, Job, fingerprint, open_data
+from samq.tools.latency import alternate
+from samq.tools.outdir import OutputDir
+from samq.tools.progress import Reporter
+from samq.tools.report import build_report, to_markdown
+from samq.tools.sqnr import encoder_sqnr
+
+LATENCY_SECONDS = 10.0
+SQNR_IMAGES = 4
+
+
+def recipe_of(config: str, num_samples: int | None) -> Recipe:
+    """The recipe of a preset or file, with the command line's number of images."""
+    recipe = load_recipe(config)
+    if num_samples is None:
+        return recipe
+    values = recipe.model_dump()
+    values["calib"]["num_samples"] = num_samples
+    return Recipe.model_validate(values)
+
+
+def claim(path: Path, job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, force: bool) -> OutputDir:
+    """The output directory of this job, new or found again."""
+    return OutputDir.claim(path, job.as_json(), fingerprint(job, recipe, checkpoint.fingerprint, data), force)
+
+
+def run_stages(
+    out: OutputDir,
+    job: Job,
+    recipe: Recipe,
+    stages: Sequence[str],
+    gates: tuple[float | None, float | None],
+    reporter: Reporter,
+    checkpoint: Checkpoint | None = None,
+    data: Data | None = None,
+) -> dict[str, Any]:
+    """Run stages in order, leaving out those whose results are there already; `validate` always runs.
+
+    Args:
+        gates: least relative mIoU and least speedup, or None.
+        checkpoint, data: for "quantize".
+
+    Returns:
+        the report when the last stage is `validate`, else {"stages": those run or found}.
+    """
+    out.job = job.as_json()
+    for stage in stages:
+        if stage == "validate":
+            return run_validate(out, job, reporter, *gates)
+        if out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
+            reporter.say(f"{stage}: done before, nothing changed")
+        elif stage == "quantize":
+            assert checkpoint is not None
+            assert data is not None
+            run_quantize(out, job, recipe, checkpoint, data, reporter)
+        elif stage == "export":
+            run_export(out, job, reporter)
+        else:
+            run_build(out, job, reporter)
+    return {"output_dir": str(out.path), "stages": list(stages)}
+
+
+def _options_of(stage: str, job: Job) -> dict[str, Any]:
+    """What besides the fingerprint decides a stage's result."""
+    return {"quantize": {}, "export": {"static_shapes": job.static_shapes}, "build": {"engine": job.engine}}[stage]
+
+
+def load(job: Job) -> Checkpoint:
+    """The job's float model."""
+    return load_checkpoint(job.model, image_size=job.image_size, device=job.device, allow_pickle=job.allow_pickle)
+
+
+def run_quantize(
+    out: OutputDir, job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter
+) -> None:
+    """Checkpoint and images → `weights/` and `config.yaml`."""
+    started = time.perf_counter()
+    torch.manual_seed(job.seed)
+    unreadable: list[str] = []
+    quantized = _quantize(job, recipe, checkpoint, data, reporter, unreadable)
+    weights = out.path / "weights"
+    paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
+    layers = weights / "layers.json"
+    write_json(layers, _layer_table(quantized, recipe))
+    write_text(out.path / "config.yaml", recipe.to_yaml())
+    _copy_processor(checkpoint.directory, weights, paths)
+    calibrated_on = None if data.calibration is None else data.calibration.description
+    out.record(
+        "quantize",
+        [*paths, layers, out.path / "config.yaml"],
+        time.perf_counter() - started,
+        options=_options_of("quantize", job),
+        calibration=calibrated_on,
+        unreadable=unreadable,
+    )
+
+
+def _quantize(
+    job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, unreadable: list[str]
+) -> Quantized:
+    if data.calibration is None:
+        with reporter.track("quantize", None) as step:
+            return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
+    count = min(recipe.calib.num_samples, len(data.calibration))
+    expected = -(-count // recipe.calib.batch_size)
+    batches = _batches(data, checkpoint.processor, count, recipe.calib.batch_size, job.seed)
+    with reporter.track(f"quantize, {count} images", None) as step:
+        result = quantize(checkpoint.model, recipe, Calibration(batches, expected), job.parts, lambda _: step())
+    unreadable.extend(data.calibration.unreadable)
+    for line in unreadable:
+        reporter.warn(f"skipped an unreadable image: {line}")
+    return result
+
+
+def _batches(data: Data, processor: SamProcessor, count: int, size: int, seed: int) -> Iterator[Tensor]:
+    assert data.calibration is not None
+    held: list[Tensor] = []
+    for sample in take(data.calibration, count, seed):
+        held.append(torch.from_numpy(processor(sample.image).pixel_values))
+        if len(held) == size:
+            yield torch.stack(held)
+            held = []
+    if held:
+        yield torch.stack(held)
+
+
+def _layer_table(quantized: Quantized, recipe: Recipe) -> list[dict[str, Any]]:
+    rows = []
+    for plan in quantized.plans:
+        row = asdict(plan) | {"requested": "float" if plan.skip else describe_request(recipe)}
+        notes = quantized.notes.get(plan.name)
+        if notes is not None:
+            row |= asdict(notes)
+        if plan.name in quantized.codes:
+            row["stored_bytes"] = quantized.codes[plan.name].stored_bytes()
+        rows.append(row)
+    return rows
+
+
+def _copy_processor(source: Path, target: Path, paths: list[Path]) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (source / name).is_file():
+            write_text(target / name, (source / name).read_text(encoding="utf-8"))
+            paths.append(target / name)
+
+
+def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
+    """`weights/` and the checkpoint → `onnx/`: canonical Q/DQ parts, and the baseline in FP32 and FP16."""
+    out.require("quantize")
+    started = time.perf_counter()
+    baseline = load(job).model.cpu()
+    model, codes = load_quantized(out.path / "weights")
+    folder = out.path / "onnx"
+    paths: list[Path] = []
+    with reporter.track("export", 3 * len(PARTS)) as step:
+        for part in PARTS:
+            skeleton = trace(baseline, part, StaticShape() if job.static_shapes else None)
+            for name, filled in (
+                (f"fp32/{part}.onnx", lambda s=skeleton: float_part(s, baseline, half=False)),
+                (f"fp16/{part}.onnx", lambda s=skeleton: float_part(s, baseline, half=True)),
+                (f"{part}.onnx", lambda s=skeleton: quantized_part(s, model, codes)),
+            ):
+                paths += save_part(filled(), folder / name)
+                step()
+    out.record("export", paths, time.perf_counter() - started, options=_options_of("export", job))
+
+
+def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
+    """`onnx/` → `engines/<engine>/`: the parts lowered for the engine, loaded once to see that they run."""
+    out.require("export")
+    started = time.perf_counter()
+    folder = out.path / "engines" / job.engine
+    paths: list[Path] = []
+    executed: dict[str, Any] = {}
+    with reporter.track("build", len(PARTS)) as step:
+        for part in PARTS:
+            lowered = lower_for_onnxruntime(ir.load(out.path / "onnx" / f"{part}.onnx"))
+            written = save_part(lowered, folder / f"{part}.onnx")
+            paths += written
+            executed |= {name: asdict(found) for name, found in executed_layers(written[0]).items()}
+            step()
+    table = folder / "executed.json"
+    write_json(table, executed)
+    out.record("build", [*paths, table], time.perf_counter() - started, options=_options_of("build", job))
+
+
+def run_validate(
+    out: OutputDir, job: Job, reporter: Reporter, min_relative_miou: float | None, min_speedup: float | None
+) -> dict[str, Any]:
+    """Engines and evaluation images → `report/`; returns the report.
+
+    Raises:
+        AccuracyGateMissed, SpeedGateMissed: after the report is written.
+        UsageError: an accuracy gate without evaluation data.
+    """
+    out.require("build")
+    started = time.perf_counter()
+    recipe = load_recipe(str(out.path / "config.yaml"))
+    data = open_data(job, recipe)
+    if min_relative_miou is not None and data.evaluation is None:
+        raise UsageError(f"--min-relative-miou cannot be checked without images: evaluation data is {data.origin}")
+    folder = out.path / "engines" / job.engine
+    baseline = _predictor(out.path / "onnx" / "fp32")
+    quantized = _predictor(folder)
+    processor = SamProcessor.from_checkpoint(out.path / "weights", _image_size(baseline))
+    records, accuracy, sqnr = [], None, {}
+    if data.evaluation is not None:
+        count = min(job.num_eval_samples, len(data.evaluation))
+        with reporter.track(f"evaluate, {count} images", count) as step:
+            samples = take(data.evaluation, count, job.seed)
+            records = evaluate(baseline, quantized, samples, processor, step)
+        accuracy = summarize(records)
+        sqnr = _sqnr(out, job, data, processor, reporter)
+    with reporter.track("latency", None):
+        latency = {"engine": job.engine, **_latency(baseline, quantized)}
+    report = build_report(out, job, data, accuracy, latency, sqnr)
+    write_json(out.path / "report" / "prompts.json", as_json(records))
+    missed = _gates(report, min_relative_miou, min_speedup)
+    write_json(out.path / "report" / "report.json", report)
+    write_text(out.path / "report" / "report.md", to_markdown(report))
+    names = ("prompts.json", "report.json", "report.md")
+    out.record("validate", [out.path / "report" / name for name in names], time.perf_counter() - started)
+    if missed is not None:
+        raise missed
+    return report
+
+
+def _predictor(folder: Path) -> Predictor:
+    encoder, decoder = (OnnxRuntimeEngine(folder / f"{part}.onnx") for part in (IMAGE_ENCODER, MASK_DECODER))
+    return Predictor(encoder, decoder)
+
+
+def _image_size(predictor: Predictor) -> int:
+    return int(predictor.encoder.shapes["pixel_values"][-1])
+
+
+def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporter: Reporter) -> dict[str, float | None]:
+    assert data.evaluation is not None
+    baseline: nn.Module = load(job).model.cpu()
+    model, codes = load_quantized(out.path / "weights")
+    layers = [name for name in codes if name.startswith("vision_encoder.")]
+    if not layers:
+        return {}
+    with reporter.track("SQNR", SQNR_IMAGES) as step:
+        samples = take(data.evaluation, min(SQNR_IMAGES, len(data.evaluation)), job.seed)
+
+        def batches() -> Iterator[Tensor]:
+            for sample in samples:
+                yield torch.from_numpy(processor(sample.image).pixel_values)[None]
+                step()
+
+        return encoder_sqnr(baseline, model, layers, batches())
+
+
+def _latency(baseline: Predictor, quantized: Predictor) -> dict[str, Any]:
+    """Encoder and decoder (one box) apart, and together as one image with one prompt."""
+    size = _image_size(baseline)
+    noise = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
+    pixels = {"pixel_values": noise}
+    features = [predictor.encode(noise[0]) for predictor in (baseline, quantized)]
+    prompt = boxes(np.array([[0.25, 0.25, 0.75, 0.75]], np.float32) * size)
+    prompted = [{**seen, **prompt_feeds(seen, prompt.coords, prompt.labels)} for seen in features]
+    encoder = alternate(baseline.encoder, quantized.encoder, (pixels, pixels), LATENCY_SECONDS)
+    decoder = alternate(baseline.decoder, quantized.decoder, (prompted[0], prompted[1]), LATENCY_SECONDS / 4)
+    before, after = (encoder[key] + decoder[key] for key in ("baseline_ms", "quantized_ms"))
+    return {
+        "baseline_ms": round(before, 3),
+        "quantized_ms": round(after, 3),
+        "speedup": round(before / after, 4),
+        "baseline": "FP32, the same runtime",
+        IMAGE_ENCODER: encoder,
+        MASK_DECODER: decoder,
+    }
+
+
+def _gates(
+    report: dict[str, Any], min_relative_miou: float | None, min_speedup: float | None
+) -> AccuracyGateMissed | SpeedGateMissed | None:
+    """Note the gates in the report; the error to end with when one is missed, accuracy first."""
+    missed: list[AccuracyGateMissed | SpeedGateMissed] = []
+    gates = report["gates"]
+    if min_relative_miou is not None:
+        accuracy = report["accuracy"]
+        relative = accuracy["miou_relative"]
+        name = "relative mIoU" if relative is not None else "agreement with the baseline (no ground truth)"
+        reached = accuracy["agreement_iou"] if relative is None else relative
+        passed = reached is not None and reached >= min_relative_miou
+        gates.append({"gate": name, "asked": min_relative_miou, "reached": reached, "passed": passed})
+        if not passed:
+            shown = "unknown" if reached is None else f"{reached:.4f}"
+            missed.append(AccuracyGateMissed(f"{name} is {shown}, below --min-relative-miou {min_relative_miou}"))
+    if min_speedup is not None:
+        reached = report["latency"]["speedup"]
+        passed = reached >= min_speedup
+        gates.append({"gate": "speedup", "asked": min_speedup, "reached": reached, "passed": passed})
+        if not passed:
+            missed.append(SpeedGateMissed(f"speedup is {reached:.3f}, below --min-speedup {min_speedup}"))
+    return missed[0] if missed else None
