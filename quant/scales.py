@@ -34,11 +34,14 @@ def choose_scales(weight: Tensor, grid: Grid, group_size: int, importance: Tenso
         step, zero_point = _range_to_step(low * ratio, high * ratio, grid)
         step = step if grid.two_level else as_fp16(step)
         best.offer(_error(values, step, zero_point, grid, weights), step, zero_point)
-    zero_point_or_none = None if grid.signed else best.second
     if not grid.two_level:
-        return Scales(best.first, zero_point_or_none, None, group_size)
-    scale, channel_scale = _split_levels(values, best.first, best.second, grid, weights)
-    return Scales(scale, zero_point_or_none, channel_scale, group_size)
+        return Scales(best.first, None if grid.signed else best.second, None, group_size)
+    searched = _split_levels(values, best.first, best.second, grid, weights)
+    plain = _split_levels(values, *_range_to_step(low, high, grid), grid, weights)  # so that clipping never loses
+    scale, zero_point, channel_scale = (
+        torch.where(plain[0] < searched[0], b, a) for a, b in zip(searched[1:], plain[1:], strict=True)
+    )
+    return Scales(scale, None if grid.signed else zero_point, channel_scale, group_size)
 
 
 def as_fp16(scale: Tensor) -> Tensor:
@@ -66,10 +69,13 @@ def _error(values: Tensor, step: Tensor, zero_point: Tensor, grid: Grid, weights
 
 def _split_levels(
     values: Tensor, step: Tensor, zero_point: Tensor, grid: Grid, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Factor steps [N, groups] into integer group scales [N, groups] and FP16 channel scales [N, 1].
 
     The channel scale is searched over a few shrunken values, the integer beside it over both neighbours of the ratio.
+
+    Returns:
+        the error of each row [N, 1], group scales, the zero-points as given, channel scales.
     """
     farthest = torch.full_like(step, grid.qmax) if grid.signed else torch.maximum(zero_point, grid.qmax - zero_point)
     limit = torch.floor(INT8_MAX / farthest)  # largest group scale that keeps the product in INT8
@@ -83,7 +89,7 @@ def _split_levels(
             scale = torch.minimum(rounding(step / channel).clamp(min=1), limit)
             of_group.offer(_error(values, scale * channel, zero_point, grid, weights), scale, channel)
         best.offer(of_group.error.sum(1, keepdim=True), channel, of_group.first)
-    return best.second, best.first
+    return best.error, best.second, zero_point, best.first
 
 
 class _Best:
