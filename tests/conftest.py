@@ -1,0 +1,19 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import small_sam2
+from transformers import Sam2Model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Sam2Model:
+    """A small SAM2 model; not to be changed."""
+    return small_sam2()

@@ -1,0 +1,117 @@
+"""The scale search against a plain search in float64 NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samq.quant.grids import Grid, round_to_grid
+from samq.quant.scales import CLIP_RATIOS, FP16_TINY, as_fp16, choose_scales
+
+ONE_LEVEL = {"sint4": Grid(4, True), "uint4": Grid(4, False), "sint8": Grid(8, True), "uint8": Grid(8, False)}
+TWO_LEVEL = {"sint4 two-level": Grid(4, True, True), "uint4 two-level": Grid(4, False, True)}
+SHAPES = [(8, 64, 16), (4, 96, 96), (6, 40, 16), (3, 144, 48)]
+
+
+def heavy_tailed(rows: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights with outliers and an importance that spans two decades."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, inputs, generator=generator) ** 3 / 10 + 0.05
+    return weight, 10 ** (2 * torch.rand(inputs, generator=generator) - 1)
+
+
+def plain_error(values: NDArray[np.float64], importance: NDArray[np.float64], ratio: float, grid: Grid) -> float:
+    """Weighted squared error of one group when its range is shrunk by `ratio`."""
+    low, high = min(values.min(), 0.0) * ratio, max(values.max(), 0.0) * ratio
+    step = max(-low, high) / grid.qmax if grid.signed else (high - low) / grid.qmax
+    zero_point = 0.0 if grid.signed else np.clip(np.rint(-low / step), grid.qmin, grid.qmax)
+    step = float(np.float16(step))
+    codes = np.clip(np.rint(values / step) + zero_point, grid.qmin, grid.qmax)
+    return float((importance * ((codes - zero_point) * step - values) ** 2).sum())
+
+
+def errors_of(weight: Tensor, importance: Tensor, grid: Grid, group_size: int, chosen_for: Tensor | None) -> Tensor:
+    """Weighted squared error [N, K] with the scales that are chosen for an importance."""
+    quantized = round_to_grid(weight, choose_scales(weight, grid, group_size, chosen_for), grid)
+    return (quantized.dequantize().double() - weight.double()).square() * importance.double()
+
+
+@pytest.mark.parametrize("name", ONE_LEVEL)
+@pytest.mark.parametrize(("rows", "inputs", "group_size"), SHAPES)
+def test_one_level_is_the_best_of_all_ratios(name: str, rows: int, inputs: int, group_size: int) -> None:
+    grid, (weight, importance) = ONE_LEVEL[name], heavy_tailed(rows, inputs)
+    errors = errors_of(weight, importance, grid, group_size, importance)
+    shrunk = 0
+    for row in range(rows):
+        for start in range(0, inputs, group_size):
+            group = slice(start, start + group_size)
+            values, weights = weight[row, group].double().numpy(), importance[group].double().numpy()
+            candidates = [plain_error(values, weights, ratio, grid) for ratio in CLIP_RATIOS]
+            assert float(errors[row, group].sum()) == pytest.approx(min(candidates), rel=1e-3)
+            shrunk += min(candidates) < candidates[0]
+    assert shrunk > 0 or grid.bits == 8, "no group gained from clipping, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", TWO_LEVEL)
+@pytest.mark.parametrize(("rows", "inputs", "group_size"), SHAPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_two_levels_are_no_worse_than_plain_ones(name: str, rows: int, inputs: int, group_size: int, seed: int) -> None:
+    """Plain: channel scale from the largest step, group scales rounded to nearest (QServe, eq. 4 to 6)."""
+    grid, (weight, importance) = TWO_LEVEL[name], heavy_tailed(rows, inputs, seed)
+    found = errors_of(weight, importance, grid, group_size, importance).sum(1)
+    plain = torch.zeros(rows, dtype=torch.float64)
+    for row in range(rows):
+        groups = [weight[row, k : k + group_size].double().numpy() for k in range(0, inputs, group_size)]
+        spans = [max(-min(g.min(), 0), max(g.max(), 0)) if grid.signed else np.ptp([*g, 0.0]) for g in groups]
+        steps = [span / grid.qmax for span in spans]
+        zeros = [0 if grid.signed else round(-min(g.min(), 0) / s) for g, s in zip(groups, steps, strict=True)]
+        limits = [127 // max(zero, grid.qmax - zero) for zero in zeros]
+        channel = float(np.float16(max(step / limit for step, limit in zip(steps, limits, strict=True))))
+        for index, (group, step, zero, limit) in enumerate(zip(groups, steps, zeros, limits, strict=True)):
+            size = min(max(round(step / channel), 1), limit) * channel
+            restored = (np.clip(np.rint(group / size) + zero, grid.qmin, grid.qmax) - zero) * size
+            weights = importance[index * group_size :][: len(group)].double().numpy()
+            plain[row] += (weights * (restored - group) ** 2).sum()
+    assert (found <= plain * (1 + 1e-6)).all()
+    assert found.sum() < 0.99 * plain.sum()
+
+
+@pytest.mark.parametrize("grid", [*ONE_LEVEL.values(), *TWO_LEVEL.values()], ids=[*ONE_LEVEL, *TWO_LEVEL])
+def test_importance_is_what_is_minimized(grid: Grid) -> None:
+    weight, importance = heavy_tailed(16, 64)
+    with_it = errors_of(weight, importance, grid, 64, importance).sum()
+    without_it = errors_of(weight, importance, grid, 64, None).sum()
+    assert with_it < without_it if grid.bits == 4 else with_it <= without_it
+
+
+@pytest.mark.parametrize("grid", [*ONE_LEVEL.values(), *TWO_LEVEL.values()], ids=[*ONE_LEVEL, *TWO_LEVEL])
+@pytest.mark.parametrize("zeros", [slice(0, 16), slice(16, 40), slice(0, 40)], ids=["first", "last", "all"])
+def test_zeros_stay_zero_and_cost_their_neighbours_nothing(grid: Grid, zeros: slice) -> None:
+    weight = heavy_tailed(4, 40)[0] / 10
+    weight[:, zeros] = 0
+    quantized = round_to_grid(weight, choose_scales(weight, grid, 16), grid)
+    dequantized = quantized.dequantize()
+    assert not dequantized[:, zeros].any()
+    others = [k for k in range(40) if weight[0, k] != 0]
+    if others:
+        alone = weight[:, others]
+        expected = round_to_grid(alone, choose_scales(alone, grid, 16), grid).dequantize()
+        assert torch.equal(dequantized[:, others], expected)
+
+
+@pytest.mark.parametrize("grid", [*ONE_LEVEL.values(), *TWO_LEVEL.values()], ids=[*ONE_LEVEL, *TWO_LEVEL])
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-7, 1e4, 1e8])
+def test_extreme_weights_keep_finite_positive_scales(grid: Grid, magnitude: float) -> None:
+    weight = heavy_tailed(4, 32)[0] * magnitude
+    scales = choose_scales(weight, grid, 16)
+    assert torch.isfinite(scales.step()).all()
+    assert (scales.step() > 0).all()
+
+
+def test_as_fp16_is_nearest_positive_and_finite() -> None:
+    values = torch.tensor([0.0, 1e-30, 0.1, 1.0, 65504.0, 1e10])
+    expected = [FP16_TINY, FP16_TINY, float(np.float16(0.1)), 1.0, 65504.0, 65504.0]
+    assert as_fp16(values).tolist() == expected
