@@ -85,6 +85,16 @@ class WeightsConfig(_Section):
             raise impossible(f"n of [1, n] is -1 (per channel) or a positive multiple of 16, not {size}")
         return shapes
 
+    @field_validator("skip_patch_embed")
+    @classmethod
+    def _patch_embedding_stays_float(cls, skip: bool) -> bool:
+        if not skip:
+            raise impossible(
+                "false is not supported: the patch embedding is a convolution on 3 channels with under 0.1 % of the "
+                "weights, which no engine runs in 4 or 8 bits; set it to true"
+            )
+        return skip
+
     @property
     def bits(self) -> int:
         """Bits of a stored weight: 4 or 8."""

@@ -60,6 +60,7 @@ def quantize(
     calibration: Calibration | None,
     parts: Collection[str] = PARTS,
     tick: Callable[[str], None] = lambda _: None,
+    measure: bool = False,
 ) -> Quantized:
     """Quantize a copy of `model`.
 
@@ -69,6 +70,7 @@ def quantize(
         calibration: images; may be None for a recipe that needs none.
         parts: the parts whose layers are quantized.
         tick: called with "calibrate" after each batch and with a layer's name after each layer.
+        measure: gather Hessians even when no pass needs them, so that every layer's output error is known.
 
     Raises:
         UsageError: the recipe needs calibration images and there are none, or a pass matched no layer.
@@ -80,7 +82,7 @@ def quantize(
     if not chosen:
         raise UsageError("the config and --parts leave no layer to quantize")
     passes = passes_for(recipe)
-    needs = frozenset[str]().union(*(step.needs for step in passes))
+    needs = frozenset[str]({HESSIAN} if measure else ()).union(*(step.needs for step in passes))
     if needs and calibration is None:
         raise UsageError("this config needs calibration images; give a folder as --calib-data")
     for name, tensor in model.state_dict().items():
