@@ -336,6 +336,12 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             4,
             "ipts.dtype: uint8 needs mode: static, for dynamic scales are symmetric; use sint8",
         ),
+        (
+            SINT4 + "  skip_patch_embed: false\n",
+            3,
+            "wgts.skip_patch_embed: false is not supported: the patch embedding is a convolution on 3 channels with "
+            "under 0.1 % of the weights, which no engine runs in 4 or 8 bits; set it to true",
+        ),
     ],
 )
 def test_impossible(content: str, line: int, message: str) -> None:
