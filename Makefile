@@ -67,7 +67,7 @@ lint: .venv/.samq-dev
 
 # The optional extras are resolved with the rest, so that each of them fits the pins, then left out. Pins that
 # still fit are kept: ARGS=--upgrade renews them all, ARGS="--upgrade-package NAME" one.
-UV_COMPILE = uv pip compile pyproject.toml --universal --python-version 3.10 --no-find-links \
+UV_COMPILE = uv pip compile pyproject.toml --universal --python-version 3.10 \
 	--upgrade-package torch==2.13.0 --no-annotate --no-header -q
 constraints:
 	@mkdir -p out
