@@ -29,6 +29,9 @@ class SceneBank:
             start = first_scene + worker * CHUNK
             arguments = (self._chunks, start, workers * CHUNK)
             context.Process(target=_draw_forever, args=arguments, daemon=True).start()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.device = device
         self.images = torch.empty(capacity, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
         self.ids = torch.empty(capacity, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=device)
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
@@ -45,7 +48,7 @@ class SceneBank:
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Random scenes: images [count, H, W, 3] and object numbers [count, H, W]."""
-        index = (torch.rand(count, device=self.filled.device) * self.filled).long()
+        index = (torch.rand(count, device=self.device) * self.filled).long()
         return self.images[index], self.ids[index]
 
     def _fill_forever(self) -> None:

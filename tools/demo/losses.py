@@ -5,12 +5,15 @@ correction repeats a click with a second one where the first answer was wrong, f
 answer as the mask prompt. Masks are compared at half the image's size, with soft targets.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Sam2Model
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, do_pool
 
 from samq.tools.demo.sampling import CLICKS, Prompts
 
@@ -40,36 +43,61 @@ class Losses(NamedTuple):
     click_iou: Tensor
 
 
-def expose_all_masks(model: Sam2Model) -> None:
-    """Make the decoder answer with all four masks where it is asked for one; undo by making a new model.
+Comparison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    Outside of training mode it passes all its masks to this method, to choose the one to return.
+
+def prepare(model: Sam2Model) -> None:
+    """Make a model answer for training; its weights and what they compute stay as they are.
+
+    The decoder answers with all four masks where it is asked for one: outside of training mode it passes all its
+    masks to the method replaced here, to choose the one to return. The encoder's attention skips a product of
+    queries and keys that it computes and never uses.
     """
     model.mask_decoder.__dict__["_dynamic_multimask_via_stability"] = lambda masks, ious: (masks, ious)
+    for module in model.modules():
+        if isinstance(module, Sam2MultiScaleAttention):
+            module.forward = partial(_attend, module)
 
 
-def losses(model: Sam2Model, pixels: Tensor, prompts: Prompts, noise: Tensor) -> Losses:
-    """Ask the model, prepared by `expose_all_masks`, and compare.
+def _attend(attention: Sam2MultiScaleAttention, hidden_states: Tensor, **_: Any) -> Tensor:
+    """`Sam2MultiScaleAttention.forward` without the unused product: [B, H, W, C] to [B, H', W', C']."""
+    count, height, width, _channels = hidden_states.shape
+    heads = attention.num_attention_heads
+    qkv = attention.qkv(hidden_states).reshape(count, height * width, 3, heads, -1)
+    query, key, value = qkv.unbind(2)
+    if attention.query_stride:
+        query = do_pool(query.reshape(count, height, width, -1), attention.query_stride)
+        height, width = query.shape[1:3]
+        query = query.reshape(count, height * width, heads, -1)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scale
+    )
+    return attention.proj(attended.transpose(1, 2).reshape(count, height, width, -1))
+
+
+def losses(model: Sam2Model, pixels: Tensor, prompts: Prompts, noise: Tensor, compare: Comparison) -> Losses:
+    """Ask the model, prepared by `prepare`, and compare.
 
     Args:
         model: the model, in evaluation mode (it has no dropout).
         pixels: float32 [B, 3, H, W], its normalized input.
         prompts: what to ask.
         noise: uniform random numbers [B, H/2, W/2], which place the corrections.
+        compare: `compare_masks`, perhaps compiled.
     """
     targets, present = F.avg_pool2d(prompts.masks.float(), 2), prompts.present
     decoder = _Decoder(model, pixels)
     clicks, boxes = prompts.clicks[:, :, None], prompts.boxes.reshape(*prompts.boxes.shape[:2], 2, 2)
-    click_answers = decoder(clicks, _labels(clicks, [1]))
-    box_answers = decoder(boxes, _labels(boxes, [2, 3]))
+    click_answers = decoder(clicks, _labels(clicks, 1))
+    box_answers = decoder(boxes, _labels(boxes, 2))
     first = Answers(*(field[:, :1].detach() for field in click_answers))
     correction, label = _correction(first, targets[:, 0], noise)
     points = torch.cat([clicks[:, :1], correction[:, None, None]], dim=2)
     labels = torch.stack([torch.ones_like(label), label], dim=1)[:, None]
     corrected_answers = decoder(points, labels, mask=_best(first))
-    click_loss, click_ious = _prompt_losses(click_answers, targets[:, :CLICKS], present[:, :CLICKS])
-    box_loss, box_ious = _prompt_losses(box_answers, targets[:, CLICKS:], present[:, CLICKS:])
-    corrected_loss, _ = _prompt_losses(corrected_answers, targets[:, :1], present[:, :1])
+    click_loss, click_ious = _prompt_losses(click_answers, targets[:, :CLICKS], present[:, :CLICKS], compare)
+    box_loss, box_ious = _prompt_losses(box_answers, targets[:, CLICKS:], present[:, CLICKS:], compare)
+    corrected_loss, _ = _prompt_losses(corrected_answers, targets[:, :1], present[:, :1], compare)
     chosen = click_answers.ious[..., 1:].argmax(dim=2, keepdim=True)
     return Losses(
         total=click_loss + box_loss + CORRECTION_WEIGHT * corrected_loss,
@@ -78,9 +106,9 @@ def losses(model: Sam2Model, pixels: Tensor, prompts: Prompts, noise: Tensor) ->
     )
 
 
-def _labels(points: Tensor, kinds: list[int]) -> Tensor:
-    """The labels [B, P, N] of points [B, P, N, 2] that are all of the same N kinds."""
-    return torch.tensor(kinds, device=points.device).expand(points.shape[:3])
+def _labels(points: Tensor, first: int) -> Tensor:
+    """Labels [B, P, N] for points [B, P, N, 2]: `first` and those after it, for every prompt."""
+    return torch.arange(first, first + points.shape[2], device=points.device).expand(points.shape[:3])
 
 
 class _Decoder:
@@ -91,9 +119,7 @@ class _Decoder:
         features = model.get_image_features(pixels, return_dict=True).fpn_hidden_states
         features[-1] = features[-1] + model.no_memory_embedding
         sizes = model.backbone_feature_sizes
-        self._features = [
-            f.permute(1, 2, 0).unflatten(2, size) for f, size in zip(features, sizes, strict=True)
-        ]
+        self._features = [f.permute(1, 2, 0).unflatten(2, size) for f, size in zip(features, sizes, strict=True)]
 
     def __call__(self, points: Tensor, labels: Tensor, mask: Tensor | None = None) -> Answers:
         """Answers to points [B, P, N, 2] with labels [B, P, N]; every other image gets its `mask` too.
@@ -107,9 +133,7 @@ class _Decoder:
             positions = model.get_image_wide_positional_embeddings().expand(count, -1, -1, -1)
             if mask is not None:
                 every_other = torch.arange(count, device=mask.device)[:, None, None, None] % 2 == 0
-                dense = torch.where(
-                    every_other, dense, model.prompt_encoder.no_mask_embed.weight[..., None, None]
-                )
+                dense = torch.where(every_other, dense, model.prompt_encoder.no_mask_embed.weight[..., None, None])
         logits, ious, _, objects = model.mask_decoder(
             image_embeddings=self._features[-1],
             image_positional_embeddings=positions,
@@ -142,24 +166,27 @@ def _correction(first: Answers, target: Tensor, noise: Tensor) -> tuple[Tensor, 
     return points, wanted.flatten(1).gather(1, position[:, None])[:, 0].long()
 
 
-def _prompt_losses(answers: Answers, targets: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+def _prompt_losses(answers: Answers, targets: Tensor, present: Tensor, compare: Comparison) -> tuple[Tensor, Tensor]:
     """The mean loss over prompts, and the IoU of every mask [B, P, 4].
 
     Args:
         answers: to P prompts for each of B images.
         targets: [B, P, H/2, W/2], the covered share of each pixel.
         present: bool [B, P], whether there is an object; where not, only the object score is judged.
+        compare: `compare_masks`, perhaps compiled.
     """
-    low = answers.logits.flatten(0, 1)
-    high = F.interpolate(low, scale_factor=2.0, mode="bilinear")
-    logits = high.reshape(*present.shape, *high.shape[1:])
-    wanted = targets[:, :, None]
-    mask_losses = FOCAL_WEIGHT * _focal(logits, wanted) + DICE_WEIGHT * _dice(logits, wanted)
-    ious = _ious(logits, wanted).detach()
+    high = F.interpolate(answers.logits.flatten(0, 1), scale_factor=2.0, mode="bilinear")
+    mask_losses, ious = compare(high.reshape(*present.shape, *high.shape[1:]), targets[:, :, None])
     iou_losses = (answers.ious - ious).square().mean(dim=2)
     per_prompt = mask_losses[..., 0] + mask_losses[..., 1:].amin(dim=2) + IOU_WEIGHT * iou_losses
     object_loss = F.binary_cross_entropy_with_logits(answers.objects, present.float())
     return _mean(per_prompt, present) + OBJECT_WEIGHT * object_loss, ious
+
+
+def compare_masks(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask loss and the IoU of each mask: [..., H, W] with soft targets to [...], twice."""
+    mask_losses = FOCAL_WEIGHT * _focal(logits, targets) + DICE_WEIGHT * _dice(logits, targets)
+    return mask_losses, _ious(logits, targets)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

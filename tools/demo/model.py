@@ -64,6 +64,8 @@ def pixel_values(images: Tensor) -> Tensor:
     Returns:
         float32 [B, 3, H, W], normalized by ImageNet's mean and deviation.
     """
-    mean = torch.tensor(IMAGE_MEAN, device=images.device) * 255
-    std = torch.tensor(IMAGE_STD, device=images.device) * 255
-    return ((images - mean) / std).permute(0, 3, 1, 2)
+    channels = [
+        (images[..., channel].float() / 255 - mean) / std
+        for channel, (mean, std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD, strict=True))
+    ]
+    return torch.stack(channels, dim=1)

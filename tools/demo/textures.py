@@ -120,9 +120,7 @@ def random_color(rng: np.random.Generator) -> Floats:
     return (value * (1 - saturation * (1 - wheel))).astype(np.float32)
 
 
-def surface(
-    rng: np.random.Generator, x: Floats, y: Floats, color: Floats, contrast: float, unit: float
-) -> Floats:
+def surface(rng: np.random.Generator, x: Floats, y: Floats, color: Floats, contrast: float, unit: float) -> Floats:
     """A textured surface.
 
     Args:

@@ -1,10 +1,12 @@
-"""Train the demo model on procedural scenes, on one CUDA device.
+"""Train the demo model on procedural scenes, on one CUDA device or several.
 
     python -m samq.tools.demo.train --out DIR (--minutes N | --steps N) [--resume]
+    torchrun --nproc-per-node 2 -m samq.tools.demo.train --out DIR ...          (on two devices)
 
 `DIR/checkpoint` is the model as `Sam2Model.from_pretrained` loads it (the moving average of the weights, in
-FP16); `DIR/state.pt` is what `--resume` continues from. Both are rewritten while training goes on. A step
-(drawing prompts, both passes, optimizer, moving average) is captured once as a CUDA graph and then replayed.
+FP16); `DIR/state-0.pt` is what `--resume` continues from, with one more such file per further process. They are
+rewritten while training goes on. A step is captured once as CUDA graphs and then replayed, so that neither
+launches nor the drawing of scenes hold the device up.
 """
 
 import argparse
@@ -13,15 +15,16 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.tools.demo.bank import SceneBank
-from samq.tools.demo.losses import expose_all_masks, losses
+from samq.tools.demo.losses import compare_masks, losses, prepare
 from samq.tools.demo.model import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, demo_config, pixel_values
 from samq.tools.demo.sampling import sample_prompts, turned
 
@@ -31,21 +34,31 @@ WEIGHT_DECAY = 0.05
 GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
 
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+"""This process and how many there are, as torchrun says."""
+SCENES_PER_RANK = 100_000_000
+
 
 class Trainer:
-    """The model, its moving average, the optimizer and one step of them on batches from a bank of scenes."""
+    """The model, its moving average, the optimizer and one step of them on batches from a bank of scenes.
+
+    With several processes each has a device, a bank and a trainer, and they share the mean of their gradients.
+    """
 
     def __init__(self, bank: SceneBank, options: argparse.Namespace) -> None:
-        self.device = torch.device(options.device)
+        self.device = bank.device
         self.bank, self.batch, self.peak = bank, options.batch, options.learning_rate
+        torch.manual_seed(options.seed)
         self.model, self.average = new_model(self.device), new_model(self.device)
         self.average.load_state_dict(self.model.state_dict())
-        expose_all_masks(self.model)
+        prepare(self.model)
+        torch.manual_seed(options.seed + RANK)
+        self.gradients = _flat_gradients(self.model)
         self.optimizer = _optimizer(self.model, self.device)
         self.step, self.seconds = 0, 0.0
         self.log = torch.zeros(3, device=self.device)
-        self._losses = torch.compile(losses, dynamic=False) if options.compile else losses
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._compare = torch.compile(compare_masks, dynamic=False) if options.compile else compare_masks
+        self._find_gradients, self._update = self.find_gradients, self.update
 
     def advance(self, progress: float) -> None:
         """Make one step, `progress` (0 to 1) of the way through training."""
@@ -54,38 +67,44 @@ class Trainer:
         share = FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * cosine
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.peak * warm_up * share)
-        if self._graph is None:
-            self._run_step()
-        else:
-            self._graph.replay()
+        self._find_gradients()
+        if RANKS > 1:
+            torch.distributed.all_reduce(self.gradients)
+        self._update()
         self.step += 1
 
     def capture(self) -> None:
-        """Capture a step as a CUDA graph, after some ordinary ones have settled memory and compilation."""
+        """Capture a step as two CUDA graphs, after some ordinary steps have settled memory and compilation."""
         for _ in range(3):
             self.advance(0.0)
+        self._find_gradients = self._captured(self.find_gradients)
+        self._update = self._captured(self.update)
+
+    def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.synchronize(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with self.bank.lock, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._run_step()
-        self._graph = graph
+            work()
+        return graph.replay
 
-    def _run_step(self) -> None:
+    def find_gradients(self) -> None:
+        """Draw a batch and prompts, ask the model, and leave the gradients of the loss in `gradients`."""
         images, ids = turned(*self.bank.sample(self.batch))
         prompts = sample_prompts(ids)
         noise = torch.rand(self.batch, IMAGE_SIZE // 2, IMAGE_SIZE // 2, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.zero_()
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            result = self._losses(self.model, pixel_values(images), prompts, noise)
-        torch.autograd.backward(result.total)
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+            result = losses(self.model, pixel_values(images), prompts, noise, self._compare)
+        torch.autograd.backward(result.total / RANKS)
+        self.log.lerp_(torch.stack(result).detach(), 0.02)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Clip the gradients, make an optimizer's step and move the average."""
+        self.gradients.mul_((GRADIENT_NORM / self.gradients.norm()).clamp(max=1))
         self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.model.parameters()), 1 - AVERAGE_DECAY
-            )
-            self.log.lerp_(torch.stack(result), 0.02)
+        average, model = list(self.average.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(average, model, 1 - AVERAGE_DECAY)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to go on from here."""
@@ -124,6 +143,16 @@ def new_model(device: torch.device) -> Sam2Model:
     return model
 
 
+def _flat_gradients(model: nn.Module) -> Tensor:
+    """One vector that holds the gradients of all parameters, each of which is a view into it from now on."""
+    parameters = list(model.parameters())
+    flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
 def _optimizer(model: nn.Module, device: torch.device) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -160,33 +189,44 @@ def write_checkpoint(model: Sam2Model, folder: Path) -> None:
 
 
 def save(trainer: Trainer, out: Path) -> None:
-    """Write the checkpoint and the state to resume from."""
-    write_checkpoint(trainer.average, out / "checkpoint")
-    draft = out / "state.pt.draft"
+    """Write the state of this process to resume from and, by the first one, the checkpoint."""
+    if RANK == 0:
+        write_checkpoint(trainer.average, out / "checkpoint")
+    draft = state_file(out).with_suffix(".draft")
     torch.save(trainer.state(), draft)
-    os.replace(draft, out / "state.pt")
+    os.replace(draft, state_file(out))
 
 
-def train(trainer: Trainer, out: Path, steps: int | None, minutes: float | None, save_seconds: float) -> None:
+def state_file(out: Path) -> Path:
+    return out / f"state-{RANK}.pt"
+
+
+def train(trainer: Trainer, out: Path, steps: int | None, minutes: float | None, save_steps: int) -> None:
     """Train up to the given step, or for the given time over all runs; save now and then and at the end."""
-    before, start, saved = trainer.seconds, time.monotonic(), time.monotonic()
+    before, start = trainer.seconds, time.monotonic()
     progress = 0.0
     while progress < 1:
         trainer.advance(progress)
-        if trainer.step % 10 == 0:
-            trainer.log.sum().item()  # wait for the device, so that the clock below is the device's
-        trainer.seconds = before + time.monotonic() - start
-        progress = trainer.step / steps if steps else trainer.seconds / (60 * (minutes or 1))
-        if trainer.step % 500 == 0 or progress >= 1:
+        if trainer.step % 10 == 0 or trainer.step == steps:
+            trainer.seconds = _agreed(before + time.monotonic() - start, trainer.device)
+            progress = trainer.step / steps if steps else trainer.seconds / (60 * (minutes or 1))
+        if RANK == 0 and (trainer.step % 500 == 0 or progress >= 1):
             total, box, click = trainer.log.tolist()
             print(
                 f"step {trainer.step} ({trainer.seconds:.0f} s, {trainer.bank.next_scene} scenes):"
                 f" loss {total:.3f}, IoU {box:.3f} from a box, {click:.3f} from a click",
                 flush=True,
             )
-        if time.monotonic() - saved > save_seconds or progress >= 1:
+        if trainer.step % save_steps == 0 or progress >= 1:
             save(trainer, out)
-            saved = time.monotonic()
+
+
+def _agreed(seconds: float, device: torch.device) -> float:
+    """The first process's seconds, once its device has done all its work."""
+    value = torch.tensor(seconds, device=device)
+    if RANKS > 1:
+        torch.distributed.broadcast(value, src=0)
+    return value.item()
 
 
 def main() -> None:
@@ -196,29 +236,29 @@ def main() -> None:
     length.add_argument("--minutes", type=float, help="train for this long, over all runs")
     length.add_argument("--steps", type=int, help="train for this many steps, over all runs")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    parser.add_argument("--batch", type=int, default=96, help="images per step (default: 96)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step and process (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: 0.001)")
-    parser.add_argument("--workers", type=int, default=14, help="processes that draw scenes (default: 14)")
+    parser.add_argument("--workers", type=int, default=14, help="per process, to draw scenes (default: 14)")
     parser.add_argument("--bank", type=int, default=100_000, help="scenes on the device (default: 100000)")
-    parser.add_argument("--save-seconds", type=float, default=60, help="between two saves (default: 60)")
+    parser.add_argument("--save-steps", type=int, default=2000, help="between two saves (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and prompts (default: 0)")
-    parser.add_argument(
-        "--device", default="cuda", help="a CUDA device, or cpu to try the script (default: cuda)"
-    )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the step uncompiled")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="compile no losses")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    state = torch.load(options.out / "state.pt", map_location="cpu") if options.resume else None
-    first_scene = state["next_scene"] if state else 0
-    bank = SceneBank(options.bank, options.workers, first_scene, torch.device(options.device))
+    state = torch.load(state_file(options.out), map_location="cpu") if options.resume else None
+    first_scene = state["next_scene"] if state else RANK * SCENES_PER_RANK
+    device = torch.device("cuda", RANK) if options.device == "cuda" else torch.device("cpu")
+    bank = SceneBank(options.bank, options.workers, first_scene, device)
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     trainer = Trainer(bank, options)
     if state:
         trainer.restore(state)
     bank.wait()
-    if trainer.device.type == "cuda":
+    if device.type == "cuda":
         trainer.capture()
-    train(trainer, options.out, options.steps, options.minutes, options.save_seconds)
+    train(trainer, options.out, options.steps, options.minutes, options.save_steps)
 
 
 if __name__ == "__main__":
