@@ -8,7 +8,8 @@ quantized.safetensors holds, for each quantized layer,
     <layer>.down, .up       FP16 factors of the low-rank branch
     <layer>.bias            float32
 and every other tensor of the model under its own name, in FP16 where that is exact and in float32 otherwise. What is
-no tensor (shapes, grids, the inputs' scales) is JSON in the file's metadata. `config.json` beside it is the model's.
+no tensor (shapes, grids, the inputs' scales) is JSON in the file's metadata, under one key, the format's name: with
+two keys, safetensors would write them in a random order. `config.json` beside it is the model's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def save_quantized(directory: Path, model: Sam2Model, codes: dict[str, LayerCode
     for name, tensor in model.state_dict().items():
         if not name.startswith(quantized):
             tensors[name] = _narrowed(tensor)
-    metadata = {"format": FORMAT, "layers": json.dumps(layers)}
+    metadata = {FORMAT: json.dumps(layers)}
     path = directory / FILE_NAME
     whole = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
     with written_whole(path) as temporary:
@@ -80,9 +81,9 @@ def load_quantized(directory: Path, device: str = "cpu") -> tuple[Sam2Model, dic
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise BadInput(f"{path} is not of the format {FORMAT}; run `samq-export quantize` again")
-        model, codes = _restore(config, json.loads(metadata["layers"]), tensors)
+        model, codes = _restore(config, json.loads(metadata[FORMAT]), tensors)
     except UNREADABLE as error:
         raise _corrupt(path, error) from error
     model.to(device)  # type: ignore[arg-type] # transformers' decorator hides nn.Module's signature
@@ -128,6 +129,8 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "grid": asdict(weight.grid),
         "group_size": scales.group_size,
         "inputs": None if layer.inputs is None else asdict(layer.inputs),
+        "branch": layer.branch is not None,
+        "bias": layer.bias is not None,
     }
 
 
@@ -145,10 +148,10 @@ def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) 
     zero_point = None if grid.signed else codes_of("zero_point", tuple(scale.shape)).float()
     scales = Scales(scale, zero_point, channel_scale, description["group_size"])
     branch = None
-    if f"{name}.down" in tensors:
+    if description["branch"]:
         branch = LowRank(tensors.pop(f"{name}.down").float(), tensors.pop(f"{name}.up").float())
     inputs = description["inputs"]
-    bias = tensors.pop(f"{name}.bias", None)
+    bias = tensors.pop(f"{name}.bias") if description["bias"] else None
     return LayerCodes(
         QuantizedWeight(codes, scales, grid), None if inputs is None else InputGrid(**inputs), branch, bias
     )
