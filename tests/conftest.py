@@ -9,8 +9,8 @@ from transformers import Sam2Model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the tensors are small; threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Sam2Config, Sam2Model
@@ -13,6 +15,7 @@ from transformers.models.sam2.configuration_sam2 import (
 )
 
 from samq.calib.parts import ImageEncoder, MaskDecoder
+from samq.quant.config import Recipe, load_recipe
 
 IMAGE_SIZE = 128
 NOISE = 0.1
@@ -40,7 +43,11 @@ def small_config() -> Sam2Config:
         vision_config=vision,
         prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=64, image_size=IMAGE_SIZE),
         mask_decoder_config=Sam2MaskDecoderConfig(
-            hidden_size=64, mlp_dim=128, num_attention_heads=4, iou_head_hidden_dim=64
+            hidden_size=64,
+            mlp_dim=128,
+            num_attention_heads=4,
+            iou_head_hidden_dim=64,
+            dynamic_multimask_stability_thresh=0.0,  # mask 0 is the single mask, never another one
         ),
     )
 
@@ -82,4 +89,17 @@ def outputs(model: Sam2Model, seed: int = 0) -> list[Tensor]:
 
 def relative(change: Tensor, of: Tensor) -> float:
     """‖change‖ / ‖of‖, in float64."""
-    return float(change.double().norm() / of.double().norm())
+    return float(change.detach().double().norm() / of.detach().double().norm())
+
+
+def recipe_of(preset: str = "int4_w4a8", **changes: Any) -> Recipe:
+    """A preset with some values changed, given as sections: `wgts={"dtype": "uint4"}`, `ipts=None`.
+
+    The mask decoder is quantized unless a change says otherwise.
+    """
+    base = load_recipe(preset).model_dump()
+    base["wgts"]["skip_decoder"] = False
+    for section, values in changes.items():
+        merge = isinstance(values, dict) and isinstance(base[section], dict)
+        base[section] = base[section] | values if merge else values
+    return Recipe.model_validate(base)

@@ -1,0 +1,205 @@
+"""The passes one by one: what they note, and what Hessians and statistics do to them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_model import recipe_of
+from torch import Tensor, nn
+from transformers import Sam2Model
+
+from samq.calib.statistics import InputStatistics
+from samq.quant.config import Recipe, preset_names
+from samq.quant.gptq import output_error
+from samq.quant.grids import round_to_grid
+from samq.quant.layers import QuantizedLinear
+from samq.quant.passes import HESSIAN, RANGE, Quantize, RotateValues, RoundRest, Smooth, Work, passes_for
+from samq.quant.plan import grid_of, make_plan
+from samq.quant.scales import choose_scales
+
+LAYER = "vision_encoder.backbone.blocks.0.attn.qkv"  # [96, 32]
+NO_SMOOTHING = {"enabled": False}
+
+
+def statistics_of(rows: Tensor, with_hessian: bool = True) -> InputStatistics:
+    entry = InputStatistics.empty(rows.shape[-1], with_hessian, rows.device)
+    if len(rows):
+        entry.add(rows, 1024)
+    return entry
+
+
+def inputs(rows: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 4, generator=generator) @ torch.randn(4, 32, generator=generator)
+
+
+def work_on_one_layer(model: Sam2Model, recipe: Recipe, statistics: InputStatistics | None) -> Work:
+    plans = {plan.name: plan for plan in make_plan(model, recipe) if plan.name == LAYER}
+    gathered = {} if statistics is None else {LAYER: statistics}
+    return Work(copy.deepcopy(model), recipe, plans, gathered)
+
+
+def quantized(model: Sam2Model, recipe: Recipe, statistics: InputStatistics | None) -> Work:
+    work = work_on_one_layer(model, recipe, statistics)
+    assert Quantize(recipe).apply(work) == [LAYER]
+    assert isinstance(work.model.get_submodule(LAYER), QuantizedLinear)
+    return work
+
+
+@pytest.mark.parametrize(
+    ("preset", "kinds", "needs"),
+    [
+        ("int4_w4a8", [Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
+        ("int4_svdquant", [Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
+        ("int4_w4a8_rtn", [Quantize, RoundRest], {RANGE}),
+        ("int4_w4only", [Quantize, RoundRest], {HESSIAN}),
+        ("int4_w4only_rtn", [Quantize, RoundRest], set()),
+        ("int8_w8a8", [Smooth, Quantize, RoundRest], {RANGE}),
+    ],
+)
+def test_passes_of_presets(preset: str, kinds: list[type], needs: set[str]) -> None:
+    passes = passes_for(recipe_of(preset))
+    assert [type(step) for step in passes] == kinds
+    assert frozenset().union(*(step.needs for step in passes)) == needs
+    assert [step.exact for step in passes] == [kind is Smooth for kind in kinds]
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_what_the_recipe_says_it_needs_is_what_the_passes_need(preset: str) -> None:
+    recipe = recipe_of(preset)
+    assert recipe.needs_calibration == any(step.needs for step in passes_for(recipe))
+
+
+def test_rotation_comes_before_everything_else() -> None:
+    kinds = [type(step) for step in passes_for(recipe_of(rotation={"enabled": True}))]
+    assert kinds == [RotateValues, Smooth, Quantize, RoundRest]
+
+
+def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
+    recipe = recipe_of("int4_w4only", wgts={"group_shapes": [[1, 16]]})
+    entry = statistics_of(inputs(200) + 0.1 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1)))
+    assert entry.hessian is not None
+    hessian = entry.hessian.clone()
+    work = quantized(small_model, recipe, entry)
+    notes = work.notes[LAYER]
+    assert notes.damping == 0.01
+    assert notes.remarks == []
+    weight = small_model.get_submodule(LAYER).weight.detach()
+    left = output_error(weight - work.codes[LAYER].effective_weight(), hessian)
+    assert notes.output_error == pytest.approx(left / output_error(weight, hessian), rel=1e-4)
+    scales = choose_scales(weight, grid_of(recipe), 16, hessian.diagonal())
+    assert left < output_error(weight - round_to_grid(weight, scales, grid_of(recipe)).dequantize(), hessian)
+    assert entry.hessian is None, "the Hessians of done layers are freed"
+
+
+@pytest.mark.parametrize("low_rank", [None, {"rank": 4, "compensate": True, "max_overhead": None}])
+def test_raised_damping_is_remarked_once(small_model: Sam2Model, low_rank: dict[str, object] | None) -> None:
+    gptq = {"block_size": 128, "damp_percentage": 1e-12}
+    recipe = recipe_of("int4_w4only", wgts={"kernel_gptq": gptq, "low_rank": low_rank})
+    notes = quantized(small_model, recipe, statistics_of(inputs(200))).notes[LAYER]  # of rank 4
+    assert notes.damping is not None
+    assert notes.damping > 1e-12
+    assert notes.remarks == [f"the Hessian did not factorize: damping raised from 1e-12 to {notes.damping:g}"]
+
+
+@pytest.mark.parametrize("rows", [inputs(0), torch.zeros(8, 32)], ids=["none", "zeros"])
+@pytest.mark.parametrize("low_rank", [None, {"rank": 4, "compensate": True, "max_overhead": None}])
+def test_without_inputs_weights_are_rounded_to_nearest(
+    small_model: Sam2Model, rows: Tensor, low_rank: dict[str, object] | None
+) -> None:
+    recipe = recipe_of(smooth=NO_SMOOTHING, wgts={"low_rank": low_rank})
+    work = quantized(small_model, recipe, statistics_of(rows))
+    assert work.notes[LAYER].remarks == ["no calibration input reached this layer: rounded to nearest"]
+    assert work.notes[LAYER].damping is None
+    codes = work.codes[LAYER]
+    weight = small_model.get_submodule(LAYER).weight.detach()
+    residual = weight if codes.branch is None else weight - codes.branch.product()
+    nearest = round_to_grid(residual, choose_scales(residual, grid_of(recipe), 32), grid_of(recipe))
+    assert torch.equal(codes.weight.codes, nearest.codes)
+    assert codes.inputs is not None
+    assert codes.inputs.scale is not None
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_the_branch_lowers_the_output_error(small_model: Sam2Model, compensate: bool) -> None:
+    errors = []
+    rows = inputs(200) + 0.3 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    for low_rank in (None, {"rank": 8, "compensate": compensate, "max_overhead": None}):
+        recipe = recipe_of("int4_w4only", wgts={"low_rank": low_rank})
+        work = quantized(small_model, recipe, statistics_of(rows))
+        errors.append(work.notes[LAYER].output_error)
+        assert (work.codes[LAYER].branch is None) == (low_rank is None)
+    assert errors[1] < errors[0]
+
+
+def test_compensation_needs_a_hessian_even_with_rounding_to_nearest() -> None:
+    low_rank = {"rank": 8, "compensate": True, "max_overhead": None}
+    recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": low_rank})
+    assert Quantize(recipe).needs == {HESSIAN}
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+def test_dynamic_inputs_need_no_statistics(small_model: Sam2Model, granularity: str) -> None:
+    recipe = recipe_of("int4_w4a8_rtn", ipts={"mode": "dynamic", "granularity": granularity})
+    assert Quantize(recipe).needs == frozenset()
+    grid = quantized(small_model, recipe, None).codes[LAYER].inputs
+    assert grid is not None
+    assert (grid.granularity, grid.scale, grid.zero_point) == (granularity, None, 0)
+
+
+@pytest.mark.parametrize("dtype", ["sint8", "uint8"])
+def test_static_inputs_cover_the_range(small_model: Sam2Model, dtype: str) -> None:
+    recipe = recipe_of("int4_w4a8_rtn", ipts={"dtype": dtype})
+    rows = inputs(500).abs()
+    grid = quantized(small_model, recipe, statistics_of(rows, with_hessian=False)).codes[LAYER].inputs
+    assert grid is not None
+    assert grid.scale is not None
+    error = (grid.fake_quantize(rows) - rows).square().mean().sqrt() / rows.square().mean().sqrt()
+    assert float(error) < (0.015 if dtype == "sint8" else 0.0075)
+    levels = 127 if dtype == "sint8" else 255
+    assert 0.3 * float(rows.max()) < levels * grid.scale <= 1.01 * float(rows.max())
+
+
+def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:
+    recipe = recipe_of()
+    plans = {plan.name: plan for plan in make_plan(small_model, recipe) if plan.skip is None}
+    statistics = {name: statistics_of(torch.randn(16, plan.in_features)) for name, plan in plans.items()}
+    before = {name: entry.absmax().clone() for name, entry in statistics.items()}
+    work = Work(copy.deepcopy(small_model), recipe, plans, statistics)
+    touched = Smooth(0.5).apply(work)
+    assert touched
+    assert set(touched) < set(plans)
+    assert work.notes.keys() == plans.keys()
+    for name in plans:
+        (remark,) = work.notes[name].remarks
+        assert remark.startswith("inputs smoothed, folded into" if name in touched else "inputs not smoothed")
+    # y = (x / s)(s W)ᵀ: what the weights gained, the statistics of the inputs lost
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_in"
+    old, new = (model.get_submodule(layer).weight.detach() for model in (small_model, work.model))
+    factors = (new / old).mean(0)
+    torch.testing.assert_close(statistics[layer].absmax(), before[layer] / factors)
+
+
+def test_a_site_with_a_float_layer_is_left_alone(small_model: Sam2Model) -> None:
+    recipe = recipe_of()
+    work = work_on_one_layer(small_model, recipe, statistics_of(inputs(8)))
+    assert Smooth(0.5).apply(work) == [LAYER]
+    assert RotateValues().apply(work) == []  # the output projection is not among the plans
+
+
+def test_the_rest_is_rounded_to_fp16_but_vectors_are_not(small_model: Sam2Model) -> None:
+    work = work_on_one_layer(small_model, recipe_of("int4_w4only_rtn"), None)
+    Quantize(work.recipe).apply(work)
+    codes = copy.deepcopy(work.codes[LAYER])
+    touched = set(RoundRest().apply(work))
+    before = dict(small_model.named_parameters())
+    for name, parameter in work.model.named_parameters():
+        assert (name in touched) == (parameter.ndim >= 2)
+        expected = before[name].half().float() if parameter.ndim >= 2 else before[name]
+        assert torch.equal(parameter, expected)
+    layer = work.model.get_submodule(LAYER)
+    assert isinstance(layer, QuantizedLinear)
+    assert torch.equal(layer.weight, codes.weight.dequantize())
+    assert isinstance(layer.bias, nn.Parameter)

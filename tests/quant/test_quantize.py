@@ -1,0 +1,222 @@
+"""The runner on the small model: every preset, and every way in which it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_model import outputs, pixels, recipe_of, relative
+from torch import Tensor
+from transformers import Sam2Model
+
+import samq.quant.quantize as runner
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
+from samq.errors import BadInput, UsageError
+from samq.quant.config import Recipe, load_recipe, preset_names
+from samq.quant.layers import QuantizedLinear
+from samq.quant.passes import Pass, Quantize, RotateValues, Smooth, Work, passes_for
+from samq.quant.quantize import Calibration, quantize
+
+LOOSE = {  # relative error of the image embedding that a format may cost on random weights
+    "int4_w4a8": 0.12,
+    "int4_svdquant": 0.12,
+    "int4_w4only": 0.12,
+    "int4_w4a8_rtn": 0.35,
+    "int4_w4only_rtn": 0.35,
+    "int8_w8a8": 0.04,
+}
+
+
+def images(count: int = 2) -> Calibration:
+    return Calibration((pixels(2, seed) for seed in range(count)), count)
+
+
+def state_of(model: Sam2Model) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("skip_decoder", [True, False])
+def test_presets(small_model: Sam2Model, preset: str, skip_decoder: bool) -> None:
+    recipe = recipe_of(preset, wgts={"skip_decoder": skip_decoder})
+    before, hooks, ticks = state_of(small_model), count_hooks(small_model), []
+    result = quantize(small_model, recipe, images(), tick=ticks.append)
+
+    after = state_of(small_model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before), "the input model changed"
+    assert count_hooks(small_model) == hooks == count_hooks(result.model) == 0
+
+    chosen = [plan.name for plan in result.plans if plan.skip is None]
+    assert list(result.codes) == chosen
+    assert any(name.startswith("mask_decoder") for name in chosen) == (not skip_decoder)
+    assert [name for name, m in result.model.named_modules() if isinstance(m, QuantizedLinear)] == chosen
+    assert ticks == ["calibrate"] * (2 if recipe.needs_calibration else 0) + chosen
+    for plan in result.plans:
+        if plan.skip is None:
+            assert result.codes[plan.name].stored_bytes() == plan.planned_bytes
+    for new, old in zip(outputs(result.model), outputs(small_model), strict=True):
+        assert torch.isfinite(new).all()
+        assert not torch.equal(new, old)
+    assert relative(outputs(result.model)[0] - outputs(small_model)[0], outputs(small_model)[0]) < LOOSE[preset]
+    assert not result.model.training
+
+
+def count_hooks(model: Sam2Model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4a8_rtn"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_it_is_deterministic(small_model: Sam2Model, preset: str, rotate: bool) -> None:
+    recipe = recipe_of(preset, rotation={"enabled": rotate}, wgts={"skip_decoder": rotate})
+    torch.manual_seed(1)
+    first = quantize(small_model, recipe, images())
+    torch.manual_seed(2)
+    second = quantize(small_model, recipe, images())
+    assert list(first.notes) == list(second.notes)
+    assert first.notes == second.notes
+    assert all(torch.equal(a, b) for a, b in zip(outputs(first.model), outputs(second.model), strict=True))
+
+
+def test_gptq_beats_rounding_and_smoothing_keeps_it(small_model: Sam2Model) -> None:
+    reference, errors = outputs(small_model)[0], {}
+    for preset in ("int4_w4only", "int4_w4only_rtn", "int4_w4a8", "int4_w4a8_rtn"):
+        result = outputs(quantize(small_model, load_recipe(preset), images()).model)[0]
+        errors[preset] = relative(result - reference, reference)
+    assert errors["int4_w4only"] < 0.7 * errors["int4_w4only_rtn"]
+    assert errors["int4_w4a8"] < 0.7 * errors["int4_w4a8_rtn"]
+
+
+def test_rounding_weights_needs_no_images(small_model: Sam2Model) -> None:
+    without = quantize(small_model, load_recipe("int4_w4only_rtn"), None)
+    with_images = quantize(small_model, load_recipe("int4_w4only_rtn"), images())
+    assert all(torch.equal(a, b) for a, b in zip(outputs(without.model), outputs(with_images.model), strict=True))
+
+
+@pytest.mark.parametrize("preset", sorted(set(preset_names()) - {"int4_w4only_rtn"}))
+def test_the_others_ask_for_images(small_model: Sam2Model, preset: str) -> None:
+    with pytest.raises(UsageError, match="--calib-data"):
+        quantize(small_model, load_recipe(preset), None)
+
+
+@pytest.mark.parametrize("part", [IMAGE_ENCODER, MASK_DECODER])
+def test_one_part_only(small_model: Sam2Model, part: str) -> None:
+    result = quantize(small_model, recipe_of("int4_w4a8"), images(1), parts=[part])
+    assert {plan.part for plan in result.plans if plan.skip is None} == {part}
+    assert all(name.startswith("mask_decoder.") == (part == MASK_DECODER) for name in result.codes)
+
+
+def test_nothing_to_quantize(small_model: Sam2Model) -> None:
+    with pytest.raises(UsageError, match="no layer to quantize"):
+        quantize(small_model, recipe_of(wgts={"skip_decoder": True}), images(), parts=[MASK_DECODER])
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, model: Sam2Model, *passes: Pass, recipe: Recipe | None = None) -> None:
+    recipe = recipe_of("int4_w4only_rtn") if recipe is None else recipe
+    monkeypatch.setattr(runner, "passes_for", lambda _: list(passes))
+    quantize(model, recipe, images(1))
+
+
+class Idle(Pass):
+    exact = True
+
+    def apply(self, work: Work) -> list[str]:
+        return []
+
+
+class Lying(Pass):
+    """Says that it is exact, and scales one weight."""
+
+    exact = True
+
+    def __init__(self, layer: str, factor: float) -> None:
+        self.layer, self.factor = layer, factor
+
+    def apply(self, work: Work) -> list[str]:
+        with torch.no_grad():
+            work.model.get_parameter(f"{self.layer}.weight").mul_(self.factor)
+        return [self.layer]
+
+
+def test_a_pass_that_matches_no_layer_is_refused(small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="Idle found no layer to work on"):
+        run_with(monkeypatch, small_model, Idle())
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [
+        ("vision_encoder.backbone.blocks.1.mlp.proj_in", "encoder"),
+        ("mask_decoder.transformer.layers.1.mlp.proj_out", "decoder"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.5, torch.nan])
+def test_a_pass_that_lies_is_caught(
+    small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch, layer: str, part: str, factor: float
+) -> None:
+    with pytest.raises(RuntimeError, match=f"Lying declares itself exact, but changed the {part}"):
+        run_with(monkeypatch, small_model, Lying(layer, factor))
+    run_with(monkeypatch, small_model, Lying(layer, 1.0), Quantize(recipe_of("int4_w4only_rtn")))
+
+
+def test_exact_passes_are_let_through(small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, small_model, RotateValues(), Smooth(0.5), Smooth(0.9), RotateValues(), recipe=recipe_of())
+
+
+class Remember(Pass):
+    """Changes nothing, and keeps the model that it was given."""
+
+    exact = True
+    model: Sam2Model
+
+    def apply(self, work: Work) -> list[str]:
+        self.model = work.model
+        return list(work.plans)
+
+
+def test_hooks_are_gone_when_a_batch_fails(small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, counts = Remember(), []
+
+    def batches() -> Iterator[Tensor]:
+        yield pixels(1)
+        counts.append(count_hooks(seen.model))
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(runner, "passes_for", lambda recipe: [seen, *passes_for(recipe)])
+    with pytest.raises(OSError, match="the disk went away"):
+        quantize(small_model, recipe_of(), Calibration(batches(), 2))
+    assert counts == [67]  # one for each layer that is quantized, while the second batch is read
+    assert count_hooks(seen.model) == count_hooks(small_model) == 0
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4only", "int8_w8a8"])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_bad_input(
+    small_model: Sam2Model, preset: str, rotate: bool, value: float
+) -> None:
+    broken = pixels(1)
+    broken[0, 0, 5, 5] = value
+    recipe = recipe_of(preset, rotation={"enabled": rotate})
+    with pytest.raises(BadInput, match="not finite") as caught:
+        quantize(small_model, recipe, Calibration([broken], 1))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_broken_checkpoint_is_bad_input(small_model: Sam2Model, preset: str, rotate: bool) -> None:
+    broken = copy.deepcopy(small_model)
+    name = "vision_encoder.backbone.blocks.2.attn.qkv.weight"
+    with torch.no_grad():
+        broken.get_parameter(name)[3, 3] = torch.nan
+    with pytest.raises(BadInput, match=name):
+        quantize(broken, recipe_of(preset, rotation={"enabled": rotate}), images(1))
+
+
+def test_no_image_is_bad_input(small_model: Sam2Model) -> None:
+    with pytest.raises(BadInput, match="--calib-data"):
+        quantize(small_model, recipe_of(), Calibration([], 0))
