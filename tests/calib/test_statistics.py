@@ -1,0 +1,118 @@
+"""Statistics of inputs against NumPy, with bounded memory and hooks that always go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samq.calib.statistics import SAMPLE_ROWS, InputStatistics, Recorder
+
+CPU = torch.device("cpu")
+
+
+def batches(*rows: int, inputs: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, inputs, generator=generator) * (1 + index) for index, n in enumerate(rows)]
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (3, 4, 6), (1, 2, 6, 6)])
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_ranges_and_hessian(shape: tuple[int, ...], with_hessian: bool) -> None:
+    entry = InputStatistics.empty(6, with_hessian, CPU)
+    seen = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for x in seen:
+        entry.add(x, 4)
+    rows = torch.cat([x.reshape(-1, 6) for x in seen]).double().numpy()
+    assert entry.rows == len(rows)
+    np.testing.assert_array_equal(entry.low.numpy(), rows.min(0))
+    np.testing.assert_array_equal(entry.high.numpy(), rows.max(0))
+    np.testing.assert_array_equal(entry.absmax().numpy(), np.abs(rows).max(0))
+    if with_hessian:
+        assert entry.hessian is not None
+        np.testing.assert_allclose(entry.hessian.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-5)
+    else:
+        assert entry.hessian is None
+    assert entry.is_finite()
+
+
+def test_the_sample_is_bounded_and_spread() -> None:
+    entry = InputStatistics.empty(1, False, CPU)
+    for call in range(10):
+        entry.add(torch.linspace(call, call + 0.9, 1000)[:, None], 300)
+    assert entry.sample.shape == (SAMPLE_ROWS, 1)
+    assert entry.rows == 10_000
+    first = entry.sample[:300, 0]  # of the first call: from its first row to its last
+    assert (first[0].item(), first[-1].item()) == (0, pytest.approx(0.9))
+    assert (first.diff() > 0).all()
+
+
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_rescaling_is_as_if_the_inputs_had_been_scaled(with_hessian: bool) -> None:
+    factor = torch.logspace(-2, 2, 6)
+    scaled, rescaled = (InputStatistics.empty(6, with_hessian, CPU) for _ in range(2))
+    for x in batches(20, 30):
+        scaled.add(x * factor, 8)
+        rescaled.add(x, 8)
+    rescaled.rescale(factor)
+    for name in ("low", "high", "sample", *(["hessian"] if with_hessian else [])):
+        torch.testing.assert_close(getattr(rescaled, name), getattr(scaled, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("position", [0, 7])
+def test_values_that_are_not_finite_show(value: float, position: int) -> None:
+    entry = InputStatistics.empty(6, False, CPU)
+    broken = batches(10)[0]
+    broken[position, 2] = value
+    entry.add(broken, 2)
+    entry.add(batches(10)[0], 2)
+    assert not entry.is_finite()
+
+
+def test_an_overflow_of_the_hessian_shows() -> None:
+    entry = InputStatistics.empty(6, True, CPU)
+    entry.add(torch.full((2, 6), 1e20), 2)
+    assert torch.isfinite(entry.high).all()
+    assert not entry.is_finite()
+
+
+def test_no_row_is_no_error() -> None:
+    assert InputStatistics.empty(6, True, CPU).is_finite()
+
+
+def hooks_of(module: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_recorder_listens_inside_its_block_only() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    layers = {"0": model[0], "2": model[2]}
+    first, second = batches(5, 7)
+    model(first)
+    with Recorder(layers, True, 1).recording() as statistics:
+        assert hooks_of(model) == 2
+        model(second)
+    assert hooks_of(model) == 0
+    model(first)
+    assert statistics["0"].rows == statistics["2"].rows == 7
+    torch.testing.assert_close(statistics["0"].sample, second)
+    torch.testing.assert_close(statistics["2"].sample, model[:2](second).detach())
+
+
+def test_recorder_lets_go_on_errors() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(KeyError), Recorder({"0": model[0]}, True, 1).recording():
+        raise KeyError
+    assert hooks_of(model) == 0
+
+
+def test_recorder_lets_go_when_a_layer_is_impossible() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    with (
+        pytest.raises(AttributeError),
+        Recorder({"0": model[0], "1": model[1]}, True, 1).recording(),  # type: ignore[dict-item]
+    ):
+        pass
+    assert hooks_of(model) == 0
