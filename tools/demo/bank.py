@@ -72,11 +72,11 @@ def _draw_forever(chunks: "Queue[tuple[np.ndarray, np.ndarray]]", start: int, st
     while True:
         scenes = [train_scene(index) for index in range(start, start + CHUNK)]
         images = np.stack([scene.image for scene in scenes])
-        chunks.put((images, np.stack([_object_numbers(scene) for scene in scenes])))
+        chunks.put((images, np.stack([object_numbers(scene) for scene in scenes])))
         start += stride
 
 
-def _object_numbers(scene: Scene) -> np.ndarray:
+def object_numbers(scene: Scene) -> np.ndarray:
     """The number of the object at each pixel, from 1; 0 for none: uint8 [H, W]."""
     numbers = np.arange(1, len(scene.masks) + 1, dtype=np.uint8)
     return np.asarray(np.max(scene.masks * numbers[:, None, None], axis=0))

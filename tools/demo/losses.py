@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Sam2Model
-from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, do_pool
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention
 
 from samq.tools.demo.sampling import CLICKS, Prompts
 
@@ -56,7 +56,7 @@ def prepare(model: Sam2Model) -> None:
     model.mask_decoder.__dict__["_dynamic_multimask_via_stability"] = lambda masks, ious: (masks, ious)
     for module in model.modules():
         if isinstance(module, Sam2MultiScaleAttention):
-            module.forward = partial(_attend, module)
+            module.__dict__["forward"] = partial(_attend, module)
 
 
 def _attend(attention: Sam2MultiScaleAttention, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -66,13 +66,15 @@ def _attend(attention: Sam2MultiScaleAttention, hidden_states: Tensor, **_: Any)
     qkv = attention.qkv(hidden_states).reshape(count, height * width, 3, heads, -1)
     query, key, value = qkv.unbind(2)
     if attention.query_stride:
-        query = do_pool(query.reshape(count, height, width, -1), attention.query_stride)
-        height, width = query.shape[1:3]
-        query = query.reshape(count, height * width, heads, -1)
+        grid = query.reshape(count, height, width, -1).permute(0, 3, 1, 2)
+        pooled = F.max_pool2d(grid, attention.query_stride)
+        height, width = pooled.shape[2:]
+        query = pooled.permute(0, 2, 3, 1).reshape(count, height * width, heads, -1)
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scale
     )
-    return attention.proj(attended.transpose(1, 2).reshape(count, height, width, -1))
+    projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(count, height, width, -1))
+    return projected
 
 
 def losses(model: Sam2Model, pixels: Tensor, prompts: Prompts, noise: Tensor, compare: Comparison) -> Losses:

@@ -28,7 +28,6 @@ from samq.tools.demo.losses import compare_masks, losses, prepare
 from samq.tools.demo.model import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, demo_config, pixel_values
 from samq.tools.demo.sampling import sample_prompts, turned
 
-WARM_UP_STEPS = 500
 FINAL_LEARNING_RATE_SHARE = 0.01
 WEIGHT_DECAY = 0.05
 GRADIENT_NORM = 1.0
@@ -47,9 +46,12 @@ class Trainer:
 
     def __init__(self, bank: SceneBank, options: argparse.Namespace) -> None:
         self.device = bank.device
-        self.bank, self.batch, self.peak = bank, options.batch, options.learning_rate
+        self.bank, self.batch = bank, options.batch
+        self.peak, self.warm_up = options.learning_rate, options.warm_up
         torch.manual_seed(options.seed)
         self.model, self.average = new_model(self.device), new_model(self.device)
+        if options.weights:
+            self.model.load_state_dict(Sam2Model.from_pretrained(options.weights).state_dict())
         self.average.load_state_dict(self.model.state_dict())
         prepare(self.model)
         torch.manual_seed(options.seed + RANK)
@@ -62,7 +64,7 @@ class Trainer:
 
     def advance(self, progress: float) -> None:
         """Make one step, `progress` (0 to 1) of the way through training."""
-        warm_up = min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        warm_up = min(1.0, (self.step + 1) / self.warm_up)
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
         share = FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * cosine
         for group in self.optimizer.param_groups:
@@ -103,8 +105,8 @@ class Trainer:
         """Clip the gradients, make an optimizer's step and move the average."""
         self.gradients.mul_((GRADIENT_NORM / self.gradients.norm()).clamp(max=1))
         self.optimizer.step()
-        average, model = list(self.average.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(average, model, 1 - AVERAGE_DECAY)
+        average: list[Tensor] = list(self.average.parameters())
+        torch._foreach_lerp_(average, list[Tensor](self.model.parameters()), 1 - AVERAGE_DECAY)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to go on from here."""
@@ -147,7 +149,7 @@ def _flat_gradients(model: nn.Module) -> Tensor:
     """One vector that holds the gradients of all parameters, each of which is a view into it from now on."""
     parameters = list(model.parameters())
     flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
-    parts = flat.split([parameter.numel() for parameter in parameters])
+    parts = torch.split(flat, [parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
     return flat
@@ -238,6 +240,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--batch", type=int, default=64, help="images per step and process (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: 0.001)")
+    parser.add_argument("--warm-up", type=int, default=500, help="steps until its peak (default: 500)")
+    parser.add_argument("--weights", type=Path, help="start from this checkpoint's weights, not random ones")
     parser.add_argument("--workers", type=int, default=14, help="per process, to draw scenes (default: 14)")
     parser.add_argument("--bank", type=int, default=100_000, help="scenes on the device (default: 100000)")
     parser.add_argument("--save-steps", type=int, default=2000, help="between two saves (default: 2000)")
