@@ -1,0 +1,74 @@
+"""One image, any number of prompts, on engines of dynamic and of static shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exported import float_predictor
+from small_model import IMAGE_SIZE, pixels
+
+from samq.engines.predictor import MULTI, SINGLE, Predictions, Predictor
+from samq.errors import UsageError
+from samq.export.trace import StaticShape
+
+COORDS = (np.random.default_rng(0).random((5, 2, 2)) * IMAGE_SIZE).astype(np.float32)
+LABELS = np.array([[1, 0], [2, 3], [1, 1], [2, 3], [1, 0]], np.int64)
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return float_predictor(tmp_path_factory.mktemp("dynamic"))
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """Two prompts of three points at a time."""
+    return float_predictor(tmp_path_factory.mktemp("static"), StaticShape(prompts=2, points=3))
+
+
+def test_static_shapes_are_static(static: Predictor) -> None:
+    assert static.encoder.shapes["pixel_values"] == [1, 3, IMAGE_SIZE, IMAGE_SIZE]
+    assert static.decoder.shapes["point_coords"] == [1, 2, 3, 2]
+    assert static.decoder.shapes["has_mask_input"] == [1, 2]
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 5])
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_a_static_decoder_answers_any_number_of_prompts(
+    dynamic: Predictor, static: Predictor, prompts: int, with_masks: bool
+) -> None:
+    image = pixels(1)[0].numpy()
+    features, same = dynamic.encode(image), static.encode(image)
+    for name, value in features.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-4)
+    side = features["high_res_features_0"].shape[-2:]
+    masks = np.random.default_rng(1).standard_normal((prompts, *side), np.float32) if with_masks else None
+    padded = np.pad(COORDS, ((0, 0), (0, 1), (0, 0))), np.pad(LABELS, ((0, 0), (0, 1)), constant_values=-10)
+    expected = dynamic.decode(features, padded[0][:prompts], padded[1][:prompts], masks)
+    found = static.decode(features, COORDS[:prompts], LABELS[:prompts], masks)
+    for field in ("masks", "scores", "object_scores"):
+        exact = getattr(expected, field)
+        assert getattr(found, field).shape == exact.shape
+        np.testing.assert_allclose(getattr(found, field), exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
+
+
+def test_more_points_than_a_static_decoder_takes_is_one_line(static: Predictor) -> None:
+    features = static.encode(pixels(1)[0].numpy())
+    with pytest.raises(UsageError, match="3 points a prompt, not 4"):
+        static.decode(features, np.zeros((1, 4, 2), np.float32), np.ones((1, 4), np.int64))
+
+
+def test_prompts_do_not_see_each_other(dynamic: Predictor) -> None:
+    features = dynamic.encode(pixels(1)[0].numpy())
+    together = dynamic.decode(features, COORDS, LABELS)
+    for index in range(len(COORDS)):
+        alone = dynamic.decode(features, COORDS[index : index + 1], LABELS[index : index + 1])
+        np.testing.assert_allclose(alone.masks[0], together.masks[index], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(alone.scores[0], together.scores[index], rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_mask_is_the_single_one_or_the_best_scored_of_several() -> None:
+    masks = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1)
+    predictions = Predictions(masks, np.array([[0.9, 0.1, 0.7, 0.3]], np.float32), np.zeros(1, np.float32))
+    assert predictions.best(0, ambiguous=False) == (np.float32(SINGLE), pytest.approx(0.9))
+    assert predictions.best(0, ambiguous=True) == (np.float32(MULTI + 1), pytest.approx(0.7))
