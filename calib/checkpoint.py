@@ -28,6 +28,7 @@ from samq.files import sha256_of
 MODEL_TYPES = ("sam2", "sam2_video")  # the published SAM2 checkpoints call themselves sam2_video
 SAFE_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DECISIVE = ("config.json", "preprocessor_config.json", "processor_config.json")
 PATCH_STRIDE = 4  # of Hiera's finest feature map
 STRIDE = 32  # of its coarsest
 
@@ -69,7 +70,7 @@ def load_checkpoint(
         UsageError: the image size does not suit the model.
     """
     directory = locate(name_or_path, allow_pickle)
-    config = _config(directory)
+    config: Any = _config(directory)
     if image_size is not None:
         _resize(config, image_size)
     model = _load(directory, config, allow_pickle)
@@ -90,16 +91,12 @@ def locate(name_or_path: str, allow_pickle: bool = False) -> Path:
     if path.exists():
         raise BadInput(f"{path} is a file; give the directory that holds config.json and model.safetensors")
     if not _HUB_ID.fullmatch(name_or_path):
-        raise BadInput(
-            f"{name_or_path}: no such directory; give a checkpoint directory or a hub id (owner/name)"
-        )
+        raise BadInput(f"{name_or_path}: no such directory; give a checkpoint directory or a hub id (owner/name)")
     patterns = [*SAFE_FILES, *(PICKLES if allow_pickle else ())]
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=patterns, etag_timeout=5))
     except GatedRepoError as error:
-        raise BadInput(
-            f"{name_or_path} is gated; accept its licence on the hub and run `hf auth login`"
-        ) from error
+        raise BadInput(f"{name_or_path} is gated; accept its licence on the hub and run `hf auth login`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(f"{name_or_path}: the hub has no such model; check the id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -110,10 +107,10 @@ def locate(name_or_path: str, allow_pickle: bool = False) -> Path:
 
 
 def fingerprint_of(directory: Path) -> str:
-    """Hex digest of the files that decide the model."""
+    """Hex digest of the files that decide the model and its preprocessing."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
+        if path.is_file() and (path.suffix in (".safetensors", ".bin") or path.name in DECISIVE):
             digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
@@ -124,25 +121,19 @@ def _config(directory: Path) -> Sam2Config:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises classes of many libraries for a bad config
-        raise BadInput(
-            f"{directory / 'config.json'} is not a model's configuration ({_line(error)})"
-        ) from error
+        raise BadInput(f"{directory / 'config.json'} is not a model's configuration ({_line(error)})") from error
     if config.model_type not in MODEL_TYPES:
-        raise BadInput(
-            f"{directory} holds a {config.model_type!r} model; samq takes SAM2 and SAM2.1 ('sam2')"
-        )
+        raise BadInput(f"{directory} holds a {config.model_type!r} model; samq takes SAM2 and SAM2.1 ('sam2')")
     if isinstance(config, Sam2Config):
         return config
     parts = {key: getattr(config, key).to_dict() for key in _PART_CONFIGS}
     return Sam2Config(**parts)
 
 
-def _resize(config: Sam2Config, image_size: int) -> None:
+def _resize(config: Any, image_size: int) -> None:
     """Make the model take square images of another side."""
     window = config.vision_config.backbone_config.window_size_per_stage[0]
-    step = math.lcm(
-        STRIDE, PATCH_STRIDE * window
-    )  # the position embedding repeats with the first stage's window
+    step = math.lcm(STRIDE, PATCH_STRIDE * window)  # the position embedding repeats with the first stage's window
     if image_size < step or image_size % step:
         raise UsageError(f"--image-size {image_size}: this model takes multiples of {step}")
     config.vision_config.backbone_config.image_size = [image_size, image_size]
@@ -154,15 +145,14 @@ def _load(directory: Path, config: Sam2Config, allow_pickle: bool) -> Sam2Model:
     safe = any(directory.glob("*.safetensors"))
     if not safe and not allow_pickle:
         if any((directory / name).exists() for name in PICKLES):
-            raise BadInput(
-                f"{directory} holds a pickled checkpoint only; convert it to safetensors or --allow-pickle"
-            )
+            raise BadInput(f"{directory} holds a pickled checkpoint only; convert it to safetensors or --allow-pickle")
         raise BadInput(f"{directory}: model.safetensors is missing; give a directory made by save_pretrained")
     quiet = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    from_pretrained: Any = Sam2Model.from_pretrained  # its type knows nothing of output_loading_info
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, loading = Sam2Model.from_pretrained(
+        model, loading = from_pretrained(
             directory,
             config=config,
             dtype=torch.float32,
@@ -172,24 +162,22 @@ def _load(directory: Path, config: Sam2Config, allow_pickle: bool) -> Sam2Model:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch, transformers and the OS each have their own
-        raise BadInput(
-            f"{directory}: the weights cannot be read ({_line(error)}); download them again"
-        ) from error
+        raise BadInput(f"{directory}: the weights cannot be read ({_line(error)}); download them again") from error
     finally:
         transformers_logging.set_verbosity(quiet)
-        transformers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     _check_complete(directory, loading)
     _check_finite(directory, model)
-    return model.eval()
+    model.train(False)
+    loaded: Sam2Model = model
+    return loaded
 
 
 def _check_complete(directory: Path, loading: dict[str, Any]) -> None:
     absent = [str(key) for key in (*loading["missing_keys"], *loading.get("mismatched_keys", ()))]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise BadInput(
-            f"{directory}: {absent[0]}{more} missing or of a wrong shape; the checkpoint is incomplete"
-        )
+        raise BadInput(f"{directory}: {absent[0]}{more} missing or of a wrong shape; the checkpoint is incomplete")
 
 
 def _check_finite(directory: Path, model: Sam2Model) -> None:
@@ -201,8 +189,8 @@ def _check_finite(directory: Path, model: Sam2Model) -> None:
 def _on_device(model: Sam2Model, device: str) -> Sam2Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineLacks("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    moved: Sam2Model = model.to(device)
-    return moved
+    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides nn.Module's signature
+    return model
 
 
 def _line(error: Exception) -> str:

@@ -47,10 +47,7 @@ class OnnxRuntimeEngine:
         self.path = path
         if not path.is_file():
             raise BadInput(f"{path} is missing; run `samq-export build` first")
-        try:
-            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
-        except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
-            raise BadInput(f"{path}: ONNX Runtime does not take it ({_first_line(error)})") from error
+        self._session = _session(path, _options(threads))
         self.inputs: Sequence[str] = [value.name for value in self._session.get_inputs()]
         self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._session.get_inputs()}
         self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
@@ -71,13 +68,16 @@ def executed_layers(path: Path) -> dict[str, Executed]:
 
     Args:
         path: a graph whose GEMM nodes are called `<layer>/MatMul`.
+
+    Raises:
+        BadInput: ONNX Runtime does not take the graph.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options = _options(0)
         options.optimized_model_filepath = str(optimized)
         options.log_severity_level = 3
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        _session(path, options)
         graph = onnx.load(optimized, load_external_data=False).graph
     found = {}
     for node in graph.node:
@@ -101,6 +101,13 @@ def _options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_INT8)
     return options
+
+
+def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
+        raise BadInput(f"{path}: ONNX Runtime does not take it ({_first_line(error)}); build it again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.engines.base import Arrays, Engine
+from samq.errors import UsageError
 
+PADDING = -10  # label of a point that fills up a prompt
 SINGLE, MULTI = 0, 1  # index of the single mask, and of the first multimask one
 
 
@@ -54,16 +56,50 @@ class Predictor:
         labels: NDArray[np.int64],
         masks: NDArray[np.float32] | None = None,
     ) -> Predictions:
-        """Answer P prompts.
+        """Answer P prompts; a decoder of static shape gets as many at a time as it takes, filled up with padding.
 
         Args:
             features: from `encode`.
             coords: [P, N, 2] (x, y) in pixels of the S×S input.
             labels: [P, N], see `samq.calib.parts`.
             masks: [P, h, w] logits of an earlier answer, or None.
+
+        Raises:
+            UsageError: the decoder takes fewer points a prompt.
         """
-        answer = self.decoder.run({**features, **prompt_feeds(features, coords, labels, masks)})
-        return Predictions(answer["masks"][0], answer["iou_scores"][0], answer["object_score_logits"][0, :, 0])
+        _, prompts, points, _ = self.decoder.shapes["point_coords"]
+        if isinstance(points, int):
+            coords, labels = _padded(coords, labels, points)
+        at_once = prompts if isinstance(prompts, int) else max(1, len(coords))
+        answers = []
+        for start in range(0, max(1, len(coords)), at_once):
+            chunk = slice(start, start + at_once)
+            seen = None if masks is None else _filled(masks[chunk], prompts)
+            feeds = prompt_feeds(features, _filled(coords[chunk], prompts), _filled(labels[chunk], prompts), seen)
+            answers.append(self.decoder.run({**features, **feeds}))
+        whole = {name: np.concatenate([a[name][0] for a in answers])[: len(coords)] for name in answers[0]}
+        return Predictions(whole["masks"], whole["iou_scores"], whole["object_score_logits"][:, 0])
+
+
+def _padded(
+    coords: NDArray[np.float32], labels: NDArray[np.int64], points: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Prompts of `points` points each."""
+    missing = points - coords.shape[1]
+    if missing < 0:
+        raise UsageError(
+            f"the decoder takes {points} points a prompt, not {coords.shape[1]}; export without static shapes"
+        )
+    return (
+        np.pad(coords, ((0, 0), (0, missing), (0, 0))),
+        np.pad(labels, ((0, 0), (0, missing)), constant_values=PADDING),
+    )
+
+
+def _filled(rows: NDArray[Any], count: int | str) -> NDArray[Any]:
+    """`count` rows, the last one repeated where there are fewer."""
+    missing = count - len(rows) if isinstance(count, int) else 0
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 def prompt_feeds(

@@ -71,7 +71,8 @@ class GemmWeight:
         """The real weight [K, N], as DequantizeLinear computes it."""
         if self.channel_scale is not None:
             return self.integers().astype(np.float32) * self.channel_scale
-        return self.integers().astype(np.float32) * self._spread(self.scale)
+        scale: NDArray[np.float32] = self._spread(self.scale)
+        return self.integers().astype(np.float32) * scale
 
     def _spread(self, per_group: NDArray[Any]) -> NDArray[Any]:
         return np.repeat(per_group, self.group_size, axis=0)[: self.codes.shape[0]]

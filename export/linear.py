@@ -14,6 +14,7 @@ Weights stand as [K, N], as MatMul reads them. Every node is called `<layer>/…
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -104,8 +105,8 @@ def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value) -
 def _quantized_inputs(writer: Writer, x: ir.Value, grid: InputGrid, width: int) -> ir.Value:
     code = ir.DataType.INT8 if grid.dtype == "sint8" else ir.DataType.UINT8
     zero_point = writer.constant(np.array(grid.zero_point, dtype=code.numpy()), "input_zero_point")
-    block: dict[str, int] = {}
-    asks_type: dict[str, int] = {}
+    block: dict[str, Any] = {}
+    asks_type: dict[str, Any] = {}
     if grid.scale is not None:
         scale = writer.constant(np.float32(grid.scale).reshape(()), "input_scale")
         parameters = [scale, zero_point]
@@ -144,7 +145,7 @@ def _quantized_weight(writer: Writer, weight: QuantizedWeight) -> ir.Value:
     inputs = [codes]
     if scales.scale.shape[1] == 1 and not grid.two_level:  # per-channel: no blocks
         inputs.append(writer.constant(_array(scales.scale[:, 0]), scale_name))
-        blocks = {"axis": 1}
+        blocks: dict[str, Any] = {"axis": 1}
     else:
         inputs.append(writer.constant(_array(scales.scale.T), scale_name))
         blocks = {"axis": 0, "block_size": scales.group_size}
@@ -166,7 +167,7 @@ def _quantized_weight(writer: Writer, weight: QuantizedWeight) -> ir.Value:
         shape=shape,
     )
     channel_scale = writer.constant(_array(scales.channel_scale[:, 0]), "channel_scale")
-    zeros = writer.constant(np.zeros(channel_scale.shape, np.int8), "channel_zero_point")
+    zeros = writer.constant(np.zeros(weight.codes.shape[0], np.int8), "channel_zero_point")
     return writer.node(
         "DequantizeLinear", [int8, channel_scale, zeros], "weight/ChannelDequantizeLinear",
         dtype=FLOAT, shape=shape, axis=1,

@@ -42,19 +42,27 @@ def save_part(model: ir.Model, path: Path) -> list[Path]:
         onnx.checker.ValidationError: the graph is not valid (a bug).
         MachineLacks: the disk is full or not writable.
     """
-    external = f"{path.name}.data" if _stored_bytes(model) > EXTERNAL_DATA_ABOVE else None
-    with written_whole(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    data = path.with_name(f"{path.name}.data")
+    external = data.name if _stored_bytes(model) > EXTERNAL_DATA_ABOVE else None
+    with (
+        written_whole(path) as temporary,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder,
+    ):
         written = Path(folder) / path.name
         ir.save(model, written, external_data=external)
         onnx.checker.check_model(str(written), full_check=True)
         if external is not None:
-            (Path(folder) / external).replace(path.with_name(external))
+            with written_whole(data) as whole:
+                (Path(folder) / external).replace(whole)
         written.replace(temporary)
-    return [path] if external is None else [path, path.with_name(external)]
+    if external is not None:
+        return [path, data]
+    data.unlink(missing_ok=True)  # of a larger model that stood here
+    return [path]
 
 
 def _stored_bytes(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear | LayerCodes]:

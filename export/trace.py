@@ -12,8 +12,9 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -30,6 +31,9 @@ from samq.calib.parts import (
     MaskDecoder,
 )
 from samq.quant.layers import QuantizedLinear, replace_module
+
+if TYPE_CHECKING:
+    from transformers import Sam2Model
 
 OPSET = 21  # the first with INT4, UINT4 and blocked DequantizeLinear
 SITE_DOMAIN = "samq"
@@ -65,7 +69,7 @@ class _Site(nn.Module):
         return answer
 
 
-def trace(model: nn.Module, part: str, static: StaticShape | None = None) -> ir.Model:
+def trace(model: Sam2Model, part: str, static: StaticShape | None = None) -> ir.Model:
     """Trace one part of a `Sam2Model`.
 
     Args:
@@ -90,6 +94,7 @@ def trace(model: nn.Module, part: str, static: StaticShape | None = None) -> ir.
             optimize=False,
             verbose=False,
         )
+        assert program is not None
         traced = program.model
         _tidy(traced, part)
         with _parameters_hidden(traced, set(model.state_dict())):
@@ -119,9 +124,9 @@ def set_parameters(skeleton: ir.Model, model: nn.Module) -> ir.Model:
     return filled
 
 
-def _prepare(model: nn.Module, part: str, sizes: StaticShape) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
+def _prepare(model: Sam2Model, part: str, sizes: StaticShape) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
     shell = _shell_of(model)
-    config = model.config
+    config: Any = model.config
     size = config.prompt_encoder_config.image_size
     if part == IMAGE_ENCODER:
         pixels = torch.zeros(sizes.batch, 3, size, size)
@@ -148,28 +153,29 @@ def _prepare(model: nn.Module, part: str, sizes: StaticShape) -> tuple[nn.Module
     return MaskDecoder(shell).eval(), dict(zip(DECODER_INPUTS, values, strict=True)), DECODER_OUTPUTS
 
 
-def feature_channels(config: object) -> tuple[int, int, int]:
+def feature_channels(config: Any) -> tuple[int, int, int]:
     """Channels of high_res_features_0, high_res_features_1 and image_embeddings."""
-    width: int = config.mask_decoder_config.hidden_size  # type: ignore[attr-defined]
+    width: int = config.mask_decoder_config.hidden_size
     return width // 8, width // 4, width
 
 
-def _shell_of(model: nn.Module) -> nn.Module:
+def _shell_of(model: Sam2Model) -> Sam2Model:
     """A copy of the model, its linear layers replaced by sites, everything else shared."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, memo)
     for name, module in list(shell.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinear):
             replace_module(shell, name, _Site(name, module))
-    return shell.cpu()
+    shell.cpu()
+    return shell
 
 
-def _dynamic_dimensions(part: str) -> Mapping[str, dict[int, object]]:
+def _dynamic_dimensions(part: str) -> dict[str, dict[int, Any]]:
     batch = torch.export.Dim("batch")
     if part == IMAGE_ENCODER:
         return {name: {0: batch} for name in ENCODER_INPUTS}
     prompts, points = torch.export.Dim("prompts"), torch.export.Dim("points")
-    of_prompts = {0: batch, 1: prompts}
+    of_prompts: dict[int, Any] = {0: batch, 1: prompts}
     return {
         **{name: {0: batch} for name in ENCODER_OUTPUTS},
         "point_coords": {**of_prompts, 2: points},

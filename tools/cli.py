@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from samq import __version__
-from samq.errors import SamqError, UsageError
+from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageError
 
 PARTS = ("image_encoder", "mask_decoder")
 DEFAULT_CONFIG = "int4_svdquant"
@@ -43,11 +43,11 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def _parse_parts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    chosen = tuple(part.strip() for part in value.split(",") if part.strip())
+    chosen = [part.strip() for part in value.split(",") if part.strip()]
     wrong = [part for part in chosen if part not in PARTS]
     if wrong or not chosen:
         raise click.BadParameter(f"{', '.join(wrong) or 'nothing'} given; choose from {', '.join(PARTS)}")
-    return chosen
+    return tuple(part for part in PARTS if part in chosen)
 
 
 _output = click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Directory of the results.")
@@ -111,7 +111,9 @@ class _Ordered(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_Ordered, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Ordered, epilog=EPILOG, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="samq-export")
 def cli() -> None:
     """Quantize a Segment Anything model, and turn it into a checked engine.
@@ -216,11 +218,12 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     from samq.tools.job import FIELDS, Job, open_data
     from samq.tools.plan_table import plan_as_json, print_plan
     from samq.tools.progress import Reporter
-    from samq.tools.stages import claim, load, recipe_of, run_stages
+    from samq.tools.stages import check_gates_can_be_told, claim, load, recipe_of, run_stages
 
     reporter = Reporter(options["quiet"])
     recipe = recipe_of(options["config"], options["num_calib_samples"])
-    job = Job(model=options["model_path"], **{key: options[key] for key in FIELDS if key in options})
+    model = _where_it_is(options["model_path"])
+    job = Job(model=model, **{key: options[key] for key in FIELDS if key in options})
     checkpoint = load(job)
     if options["dry_run"]:
         if options["as_json"]:
@@ -229,9 +232,16 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
             print_plan(checkpoint.model, recipe, job.parts)
         return
     data = open_data(job, recipe)
-    out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
+    check_gates_can_be_told(data, gates[0])
+    out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
     _finish(options, run_stages(out, job, recipe, stages, gates, reporter, checkpoint, data))
+
+
+def _where_it_is(path: str) -> str:
+    """A local path in full, for later stages may be run from elsewhere; anything else as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
@@ -254,14 +264,20 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
 
 def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
     from samq.tools.report import verdict
+    from samq.tools.stages import missed_gate
 
+    missed = missed_gate(result)
     if options["as_json"]:
-        _print_json(result)
+        _print_json(result if missed is None else result | {"error": str(missed), "exit_code": missed.exit_code})
+    elif options["quiet"]:
+        pass
     elif "accuracy" in result:
         click.echo(verdict(result))
         click.echo(f"Report: {options['output_dir'] / 'report' / 'report.md'}")
     else:
         click.echo(f"Done: {options['output_dir']} ({', '.join(result['stages'])})")
+    if missed is not None:
+        raise missed
 
 
 def _print_json(value: Any) -> None:
@@ -274,8 +290,13 @@ def main() -> NoReturn:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except click.UsageError as error:
+        command = "samq-export" if error.ctx is None else error.ctx.command_path
+        _fail(f"{error.format_message()} See `{command} --help`.", UsageError.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), UsageError.exit_code)
+    except (AccuracyGateMissed, SpeedGateMissed) as error:
+        _fail(str(error), error.exit_code, told=True)
     except SamqError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -283,8 +304,9 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    if "--json" in sys.argv:
+def _fail(message: str, exit_code: int, *, told: bool = False) -> NoReturn:
+    """End with a line on stderr, and with an object on stdout unless one was `told` there."""
+    if "--json" in sys.argv and not told:
         _print_json({"error": message, "exit_code": exit_code})
     click.echo(f"samq-export: {message}", err=True)
     sys.exit(exit_code)

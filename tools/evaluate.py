@@ -133,7 +133,7 @@ def _evaluate_image(baseline: Predictor, quantized: Predictor, sample: Sample, p
     found = baseline.decode(features[0], *_arrays(clicks(points)))
     masks = [mask_of(found.best(index, ambiguous=True)[0], size) for index in range(len(points))]
     corners = np.unique(np.array([box_of(m) for m in masks if m.any()], np.float32).reshape(-1, 4), axis=0)
-    scale = np.array([size[1], size[0]], np.float32) / processor.image_size
+    scale = np.array([size[1], size[0]], np.float32) / np.float32(processor.image_size)
     return compared(CLICK, points * scale, None) + compared(BOX, corners, None)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import samq
 from samq.calib.parts import PARTS
 from samq.calib.sources import ImageSource, open_source, split
-from samq.errors import UsageError
+from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
 CODE = ("calib", "quant", "export")  # packages whose code decides the weights and the ONNX files
-LARGEST_SET_ASIDE = 0.2  # share of the calibration images that may be kept back for evaluation
+# Calibration images kept back for evaluation. Constants, so that a later `validate` finds the same split.
+MOST_SET_ASIDE = 32
+LARGEST_SHARE_SET_ASIDE = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,17 @@ class Job:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:
-        """Inverse of `as_json`."""
-        return Job(**(values | {"parts": tuple(values["parts"])}))
+        """Inverse of `as_json`.
+
+        Raises:
+            BadInput: another version of samq wrote them.
+        """
+        try:
+            return Job(**(values | {"parts": tuple(values["parts"])}))
+        except (KeyError, TypeError) as error:
+            raise BadInput(
+                f"the manifest's job is of another version of samq ({error}); run again with --force"
+            ) from error
 
     @property
     def is_demo(self) -> bool:
@@ -104,7 +115,7 @@ def open_data(job: Job, recipe: Recipe) -> Data:
         return Data(None, None, "none: give --eval-data")
     if calibration is None:
         return Data(None, source, f"--calib-data, which this config did not calibrate on: {source.description}")
-    aside = min(job.num_eval_samples, int(len(source) * LARGEST_SET_ASIDE))
+    aside = min(MOST_SET_ASIDE, int(len(source) * LARGEST_SHARE_SET_ASIDE))
     if aside == 0:
         return Data(calibration, None, f"none: {source.description} is too small to set images aside; give --eval-data")
     kept, evaluation = split(source, aside, job.seed)
@@ -112,7 +123,7 @@ def open_data(job: Job, recipe: Recipe) -> Data:
 
 
 def fingerprint(job: Job, recipe: Recipe, checkpoint_fingerprint: str, data: Data) -> str:
-    """Hex digest of what decides the weights and the ONNX files."""
+    """Hex digest of what decides the weights; the manifest keeps each stage's own options beside the stage."""
     decisive = {
         "recipe": recipe.to_yaml(),
         "checkpoint": checkpoint_fingerprint,
@@ -120,7 +131,6 @@ def fingerprint(job: Job, recipe: Recipe, checkpoint_fingerprint: str, data: Dat
         "seed": job.seed,
         "parts": job.parts,
         "image_size": job.image_size,
-        "static_shapes": job.static_shapes,
         "version": samq.__version__,
         "code": _code_digest(),
     }

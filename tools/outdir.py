@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from samq.errors import BadInput, UsageError
-from samq.files import sha256_of, write_json
+from samq.files import sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
-OURS = (MANIFEST, "config.yaml", "weights", "onnx", "engines", "report")
+OURS = ("config.yaml", "weights", "onnx", "engines", "report", MANIFEST)  # the manifest goes last
 STAGES = ("quantize", "export", "build", "validate")
 
 
@@ -53,20 +53,29 @@ class OutputDir:
             raise BadInput(f"{path} is no output directory of samq; run `samq-export quantize` or `run` first")
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
-            return OutputDir(path, content["job"], content["fingerprint"], content["stages"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{manifest} is unreadable ({error}); run again with --force") from error
+            if not all(isinstance(stage["artifacts"], dict) for stage in content["stages"].values()):
+                raise ValueError("a stage without artifacts")
+            return OutputDir(path, dict(content["job"]), str(content["fingerprint"]), content["stages"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{manifest} is unreadable ({error!r}); run again with --force") from error
 
     @staticmethod
     def claim(path: Path, job: dict[str, Any], fingerprint: str, force: bool) -> OutputDir:
         """The directory for a job: a new one, or the one in which the same job stopped.
 
+        The manifest is written at once, so that a job that is killed before its first stage is done is known again.
+        With `force`, what samq wrote into the directory is removed first. Files that others put there stay.
+
         Raises:
             UsageError: the directory holds something else and `force` is not given.
+            BadInput: the directory's manifest is unreadable and `force` is not given.
+            MachineLacks: the directory cannot be written to.
         """
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; choose another --output-dir")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir():
+            for leftover in list(temporaries(path)):
+                _remove(leftover)
             if (path / MANIFEST).is_file():
                 if not force:
                     earlier = OutputDir.open(path)
@@ -76,10 +85,13 @@ class OutputDir:
                         f"{path} holds the results of another job (config, checkpoint, data or version differ);"
                         " choose another --output-dir or overwrite it with --force"
                     )
-            elif not force:
+                for name in OURS:
+                    _remove(path / name)
+            elif any(path.iterdir()) and not force:
                 raise UsageError(f"{path} is not empty and not samq's; choose another --output-dir or give --force")
-            _remove_ours(path)
-        return OutputDir(path, job, fingerprint)
+        claimed = OutputDir(path, job, fingerprint)
+        claimed.save()
+        return claimed
 
     def done(self, stage: str) -> bool:
         """The stage is recorded and all its artifacts are as they were written."""
@@ -105,14 +117,15 @@ class OutputDir:
         self.stages[stage] = {"artifacts": digests, "seconds": round(seconds, 3), **details}
         for later in STAGES[STAGES.index(stage) + 1 :]:
             self.stages.pop(later, None)
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
         write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
 
 
-def _remove_ours(path: Path) -> None:
-    """Remove what samq writes, and nothing else."""
-    for name in OURS:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+def _remove(target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from samq.quant.config import Recipe
 from samq.quant.plan import LayerPlan, describe_request, make_plan
+
+PIPED_WIDTH = 240  # characters; a file or pager does not wrap, so no cell should
 
 
 def plan_as_json(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> dict[str, Any]:
@@ -38,8 +41,8 @@ def print_plan(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> None
         remark = plan.skip or "; ".join(filter(None, (plan.grouping, plan.ranking)))
         shape = f"{plan.in_features} → {plan.out_features}"
         table.add_row(plan.name, shape, _becomes(plan, recipe), size, remark)
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(table)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPED_WIDTH)
+    console.print(table, crop=False)
     totals = _totals(plans)
     console.print(
         f"\n{totals['quantized']} layers quantized, {totals['kept']} kept; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,9 +34,9 @@ class Reporter:
 
     @contextmanager
     def track(self, title: str, total: int | None) -> Iterator[Callable[[], None]]:
-        """Yields a function to call after each of `total` steps; a bar where there is a terminal, else two lines."""
+        """Yields a function to call after each of `total` steps; a bar on a terminal, then one line."""
         started = time.perf_counter()
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not (self.console.is_terminal and sys.stdout.isatty()):
             yield lambda: None
         else:
             columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

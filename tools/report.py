@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 import samq
-from samq.calib.parts import PARTS
+from samq.calib.parts import MASK_DECODER, PARTS
 from samq.quant.config import Recipe, load_recipe
 from samq.tools.job import Data, Job
 from samq.tools.outdir import OutputDir
@@ -39,6 +40,10 @@ def build_report(
     lacks = [] if accuracy is not None else [f"accuracy and SQNR: no evaluation images ({data.origin})"]
     if accuracy is not None and accuracy["miou_baseline"] is None:
         lacks.append("mIoU against ground truth: the evaluation images have no annotations")
+    elif accuracy is not None and accuracy["miou_relative"] is None:
+        lacks.append("relative mIoU: the baseline's mIoU is 0")
+    if accuracy is not None and any(layer["part"] == MASK_DECODER for layer in quantized):
+        lacks.append("SQNR of the mask decoder's layers: only the image encoder's is measured")
     return {
         "samq": samq.__version__,
         "model": job.model,
@@ -268,7 +273,7 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     cleaned = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *cleaned]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

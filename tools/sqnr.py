@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import Sam2Model
 
 from samq.calib.parts import ImageEncoder
 from samq.tools.metrics import sqnr_db
@@ -20,7 +21,7 @@ ROWS = 4096  # of each layer's output that are compared; bounds the memory
 
 @torch.no_grad()
 def encoder_sqnr(
-    baseline: nn.Module, quantized: nn.Module, layers: Collection[str], batches: Iterable[Tensor]
+    baseline: Sam2Model, quantized: Sam2Model, layers: Collection[str], batches: Iterable[Tensor]
 ) -> dict[str, float | None]:
     """SQNR in dB of every layer of the image encoder, None for layers that did not run or had no noise.
 

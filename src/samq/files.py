@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from samq.errors import MachineLacks
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
 
 
 @contextmanager
@@ -26,7 +31,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -37,14 +42,29 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        _flush_directory(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def temporaries(directory: Path) -> Iterator[Path]:
+    """What a killed `written_whole` left in a directory and below it."""
+    return (path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name))
+
+
+def _flush_directory(directory: Path) -> None:
+    """Make a rename last through a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _cannot_write(path: Path, error: OSError) -> MachineLacks:
-    if error.errno == errno.ENOSPC:
+    if error.errno in DISK_FULL:
         return MachineLacks(f"{path}: the disk is full; free some space and run the same command again")
     return MachineLacks(f"{path}: cannot be written ({error.strerror or error}); choose another --output-dir")
 
