@@ -197,9 +197,10 @@ class Recipe(_Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Static scales, GPTQ and smoothing look at activations; RTN and a low-rank branch do not."""
+        """Static scales, GPTQ, smoothing and a compensating branch look at activations; RTN and one SVD do not."""
         static = self.ipts is not None and self.ipts.mode == "static"
-        return static or self.wgts.kernel_gptq is not None or self.smooth.enabled
+        compensates = self.wgts.low_rank is not None and self.wgts.low_rank.compensate
+        return static or compensates or self.wgts.kernel_gptq is not None or self.smooth.enabled
 
     def to_yaml(self) -> str:
         """Every key, defaults too, in the order of the models; `load_recipe` reads it back equal."""

@@ -223,18 +223,20 @@ class Quantize(Pass):
 class RoundRest(Pass):
     """Round the weights that stay float to FP16, as they are stored and as every GPU engine runs them.
 
-    Vectors (biases, LayerNorm) keep FP32: they are few, and LayerNorm is where FP16 goes wrong first.
+    Vectors (biases, LayerNorm) keep FP32: they are few, and LayerNorm is where FP16 goes wrong first. So does a matrix
+    with a weight beyond FP16's range.
     """
 
     exact = False
 
     @torch.no_grad()
     def apply(self, work: Work) -> list[str]:
-        """Round every float parameter of two or more dimensions."""
+        """Round every float parameter of two or more dimensions that FP16 can hold."""
         touched = []
         for name, parameter in work.model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(parameter.half().to(parameter.dtype))
+            rounded = parameter.half()
+            if parameter.ndim >= 2 and bool(torch.isfinite(rounded).all()):
+                parameter.copy_(rounded.to(parameter.dtype))
                 touched.append(name)
         return touched
 

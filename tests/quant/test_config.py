@@ -153,6 +153,7 @@ def test_any_recipe_round_trips(recipe: Recipe) -> None:
     ("content", "needs_calibration"),
     [
         ("  low_rank: {}\n", False),
+        ("  low_rank: {compensate: true}\n", True),
         ("ipts: {mode: dynamic}\n", False),
         ("ipts: {mode: dynamic, granularity: per_token}\nrotation: {enabled: true}\n", False),
         ("ipts: {mode: static}\n", True),
