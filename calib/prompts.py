@@ -5,7 +5,7 @@ Coordinates are SAM's: pixel indices, x before y; the model itself adds the half
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 
 Mask = npt.NDArray[np.bool_]
 Coordinates = npt.NDArray[np.float32]

@@ -263,6 +263,8 @@ def main() -> None:
     if device.type == "cuda":
         trainer.capture()
     train(trainer, options.out, options.steps, options.minutes, options.save_steps)
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
