@@ -11,6 +11,8 @@ Columns go in the order of falling Hessian diagonal (act-order); scales are chos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,16 +48,19 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     inverse, used = inverse_cholesky(hessian[order][:, order], damping)
-    step, zero_point = (t[:, order] for t in scales.per_input(weight.shape[1]))
-    rest = weight[:, order].clone()
+    # Transposed throughout, so that a column of the weight is contiguous in memory.
+    step, zero_point = (t.T[order] for t in scales.per_input(weight.shape[1]))  # [K, N]
+    rest = weight.T[order]
     codes = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], block_size):
-        block = slice(start, min(start + block_size, rest.shape[1]))
-        errors = _quantize_block(rest[:, block], codes[:, block], inverse[block, block], step[:, block],
-                                 zero_point[:, block], grid)  # fmt: skip
-        rest[:, block.stop :] -= errors @ inverse[block, block.stop :]
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
+    for start in range(0, len(rest), block_size):
+        block = slice(start, min(start + block_size, len(rest)))
+        with _one_thread():
+            errors = _quantize_block(
+                rest[block], codes[block], inverse[block, block], step[block], zero_point[block], grid
+            )
+        rest[block.stop :] -= inverse[block, block.stop :].T @ errors
+    restored = torch.empty_like(weight)
+    restored[:, order] = codes.T
     return GptqResult(QuantizedWeight(restored.to(grid.dtype), scales, grid), used)
 
 
@@ -81,16 +86,33 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 def _quantize_block(
     weight: Tensor, codes: Tensor, inverse: Tensor, step: Tensor, zero_point: Tensor, grid: Grid
 ) -> Tensor:
-    """Quantize the columns of one block in place; returns each column's error over its pivot, [N, block]."""
+    """Quantize the columns of one block in place; returns each column's error over its pivot.
+
+    Args:
+        weight, codes, step, zero_point: [block, N], transposed.
+        inverse: [block, block] upper triangular.
+    """
     errors = torch.empty_like(weight)
-    for column in range(weight.shape[1]):
-        value, size, zero = weight[:, column], step[:, column], zero_point[:, column]
-        code = torch.clamp(torch.round(value / size) + zero, grid.qmin, grid.qmax)
-        error = (value - (code - zero) * size) / inverse[column, column]
-        weight[:, column:] -= error[:, None] * inverse[column, column:]
-        codes[:, column] = code
-        errors[:, column] = error
+    pivots = inverse.diagonal().tolist()
+    for column, pivot in enumerate(pivots):
+        value, size, zero = weight[column], step[column], zero_point[column]
+        code = torch.round(value / size).add_(zero).clamp_(grid.qmin, grid.qmax)
+        error = (code - zero).mul_(size).sub_(value).div_(-pivot)
+        weight[column:].addr_(inverse[column, column:], error, alpha=-1)
+        codes[column] = code
+        errors[column] = error
     return errors
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A column's update is too small to share: on a busy machine, waiting for each other makes threads 20× slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
