@@ -27,7 +27,7 @@ from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import StaticShape, trace
 from samq.files import write_json, write_text
 from samq.quant.config import Recipe, load_recipe
-from samq.quant.plan import describe_request
+from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Calibration, Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
 from samq.tools.evaluate import as_json, evaluate, summarize
@@ -138,13 +138,14 @@ def run_quantize(
 def _quantize(
     job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, unreadable: list[str]
 ) -> Quantized:
+    layers = sum(plan.skip is None for plan in make_plan(checkpoint.model, recipe, job.parts))
     if data.calibration is None:
-        with reporter.track("quantize", None) as step:
+        with reporter.track(f"quantize {layers} layers", layers) as step:
             return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
     count = min(recipe.calib.num_samples, len(data.calibration))
     expected = -(-count // recipe.calib.batch_size)
     batches = _batches(data, checkpoint.processor, count, recipe.calib.batch_size, job.seed)
-    with reporter.track(f"quantize, {count} images", None) as step:
+    with reporter.track(f"quantize {layers} layers on {count} images", expected + layers) as step:
         result = quantize(checkpoint.model, recipe, Calibration(batches, expected), job.parts, lambda _: step())
     unreadable.extend(data.calibration.unreadable)
     for line in unreadable:
