@@ -33,7 +33,7 @@ PATCH_STRIDE = 4  # of Hiera's finest feature map
 STRIDE = 32  # of its coarsest
 
 _PART_CONFIGS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def locate(name_or_path: str, allow_pickle: bool = False) -> Path:
     except GatedRepoError as error:
         raise BadInput(f"{name_or_path} is gated; accept its licence on the hub and run `hf auth login`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BadInput(f"{name_or_path}: the hub has no such model; check the id") from error
+        raise BadInput(f"{name_or_path}: neither a directory here nor a model of the hub; check the name") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise MachineLacks(
-            f"{name_or_path}: the hub cannot be reached and the model is not in its cache; download it elsewhere"
-            " and pass its local directory as --model-path"
+            f"{name_or_path}: no such directory, the hub cannot be reached, and its cache has no such model;"
+            " download it elsewhere and pass its local directory as --model-path"
         ) from error
 
 
@@ -159,6 +159,7 @@ def _load(directory: Path, config: Sam2Config, allow_pickle: bool) -> Sam2Model:
             use_safetensors=safe,
             weights_only=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are told by name below
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch, transformers and the OS each have their own
@@ -174,7 +175,8 @@ def _load(directory: Path, config: Sam2Config, allow_pickle: bool) -> Sam2Model:
 
 
 def _check_complete(directory: Path, loading: dict[str, Any]) -> None:
-    absent = [str(key) for key in (*loading["missing_keys"], *loading.get("mismatched_keys", ()))]
+    mismatched = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    absent = sorted({*loading["missing_keys"], *mismatched})
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise BadInput(f"{directory}: {absent[0]}{more} missing or of a wrong shape; the checkpoint is incomplete")

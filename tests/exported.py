@@ -21,10 +21,10 @@ from samq.calib.parts import PARTS
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.predictor import Predictor
 from samq.export.parts import float_part, quantized_part, save_part
-from samq.export.trace import SITE_DOMAIN, SITE_OP, StaticShape, trace
+from samq.export.trace import SITE_DOMAIN, SITE_OP, trace
 from samq.quant.config import Recipe
 from samq.quant.layers import LayerCodes
-from samq.quant.quantize import Calibration, Quantized, quantize
+from samq.quant.quantize import Quantized, quantize
 
 STABILITY = 0.98  # of the released models: an unstable single mask is replaced by the best of the others
 
@@ -38,14 +38,10 @@ def float_model() -> Sam2Model:
     return model
 
 
-def skeleton(part: str, static: StaticShape | None = None) -> ir.Model:
-    """The trace of one part, without linear layers; not to be changed."""
-    return _skeleton(part, static)
-
-
 @cache
-def _skeleton(part: str, static: StaticShape | None) -> ir.Model:
-    return trace(float_model(), part, static)
+def skeleton(part: str) -> ir.Model:
+    """The trace of one part, without linear layers; not to be changed."""
+    return trace(float_model(), part)
 
 
 def quantized(recipe: Recipe) -> Quantized:
@@ -55,7 +51,7 @@ def quantized(recipe: Recipe) -> Quantized:
 
 @cache
 def _quantized(recipe: str) -> Quantized:
-    return quantize(float_model(), Recipe.model_validate_json(recipe), Calibration([pixels(1)], 1))
+    return quantize(float_model(), Recipe.model_validate_json(recipe), [pixels(1)])
 
 
 def canonical(recipe: Recipe, part: str) -> ir.Model:
@@ -64,11 +60,11 @@ def canonical(recipe: Recipe, part: str) -> ir.Model:
     return quantized_part(skeleton(part), result.model, result.codes)
 
 
-def float_predictor(folder: Path, static: StaticShape | None = None) -> Predictor:
+def float_predictor(folder: Path) -> Predictor:
     """The float parts as engines."""
     paths = [folder / f"{part}.onnx" for part in PARTS]
     for part, path in zip(PARTS, paths, strict=True):
-        save_part(float_part(skeleton(part, static), float_model(), half=False), path)
+        save_part(float_part(skeleton(part), float_model(), half=False), path)
     return Predictor(*(OnnxRuntimeEngine(path) for path in paths))
 
 

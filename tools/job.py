@@ -94,8 +94,8 @@ class Data:
 def open_data(job: Job, recipe: Recipe) -> Data:
     """Decide which images serve for what.
 
-    Without `eval_data`, the demo model is evaluated on its held-out scenes and any other model on images set aside from
-    the calibration folder.
+    Some of the calibration images are set aside; without `eval_data`, a model is evaluated on them. The demo model has
+    held-out scenes instead.
 
     Raises:
         UsageError: the recipe needs calibration images and none are given.
@@ -104,22 +104,30 @@ def open_data(job: Job, recipe: Recipe) -> Data:
     given = job.calib_data or recipe.calib.path
     if recipe.needs_calibration and given is None:
         raise UsageError("this config needs calibration images; give a folder of photos as --calib-data")
-    source = None if given is None else open_source(given)
-    calibration = source if recipe.needs_calibration else None
+    if given is None:
+        calibration, aside, origin = None, None, "none: give --eval-data"
+    else:
+        calibration, aside, origin = _shared(open_source(given), recipe, job)
     if job.eval_data is not None:
         evaluation = open_source(job.eval_data)
         return Data(calibration, evaluation, f"--eval-data: {evaluation.description}")
     if job.is_demo:
         return Data(calibration, open_source(HELD_OUT), "held-out scenes of the demo model")
-    if source is None:
-        return Data(None, None, "none: give --eval-data")
-    if calibration is None:
-        return Data(None, source, f"--calib-data, which this config did not calibrate on: {source.description}")
+    return Data(calibration, aside, origin)
+
+
+def _shared(source: ImageSource, recipe: Recipe, job: Job) -> tuple[ImageSource | None, ImageSource | None, str]:
+    """Images of one source to calibrate on, others to evaluate on, and where the latter come from.
+
+    The same whatever is evaluated on, so that `quantize` alone and `run` calibrate alike.
+    """
+    if not recipe.needs_calibration:
+        return None, source, f"--calib-data, which this config did not calibrate on: {source.description}"
     aside = min(MOST_SET_ASIDE, int(len(source) * LARGEST_SHARE_SET_ASIDE))
-    if aside == 0:
-        return Data(calibration, None, f"none: {source.description} is too small to set images aside; give --eval-data")
+    if job.is_demo or aside == 0:
+        return source, None, f"none: {source.description} is too small to set images aside; give --eval-data"
     kept, evaluation = split(source, aside, job.seed)
-    return Data(kept, evaluation, f"{aside} images set aside from {source.description}, not calibrated on")
+    return kept, evaluation, f"{aside} images set aside from {source.description}, not calibrated on"
 
 
 def fingerprint(job: Job, recipe: Recipe, checkpoint_fingerprint: str, data: Data) -> str:

@@ -10,9 +10,11 @@ import onnx_ir as ir
 import pytest
 from exported import as_written, canonical, float_model, largest_error, skeleton
 from small_model import pixels, recipe_of
+from test_files import disk_of
 
 from samq.calib.parts import IMAGE_ENCODER, PARTS
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.errors import MachineLacks
 from samq.export import parts
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import float_part, save_part
@@ -81,6 +83,20 @@ def test_an_invalid_graph_never_gets_its_name(tmp_path: Path) -> None:
     with pytest.raises(onnx.checker.ValidationError, match="NoSuchOperator"):
         save_part(model, tmp_path / "part.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "part.onnx"
+    if external:
+        monkeypatch.setattr(parts, "EXTERNAL_DATA_ABOVE", 1)
+    save_part(canonical(recipe_of("int4_w4only"), IMAGE_ENCODER), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with disk_of(100_000), pytest.raises(MachineLacks, match="the disk is full"):
+        save_part(canonical(recipe_of("int8_w8a8"), IMAGE_ENCODER), path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_same_part_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -215,9 +215,7 @@ def test_cutting_all_branches_of_a_model_leaves_the_model_without_them() -> None
     names = {node.name for node in model.graph}
     assert with_branch
     assert all({f"{name}/low_rank/{end}" for end in ("down", "up", "Add")} <= names for name in with_branch)
-    bare = {
-        name: LayerCodes(layer.weight, layer.inputs, None, layer.bias) for name, layer in result.codes.items()
-    }
+    bare = {name: LayerCodes(layer.weight, layer.inputs, None, layer.bias) for name, layer in result.codes.items()}
     from samq.export.parts import quantized_part
 
     feeds = {"pixel_values": pixels(1).numpy()}
@@ -232,7 +230,9 @@ def test_swapping_the_branchs_weights_swaps_its_answer() -> None:
     up = model.graph.initializers["a.layer/low_rank/up_weight"]
     up.const_value = ir.tensor(-up.const_value.numpy(), name=up.name)  # type: ignore[union-attr]
     assert layer.branch is not None
-    negative = LayerCodes(layer.weight, layer.inputs, type(layer.branch)(layer.branch.down, -layer.branch.up), layer.bias)
+    negative = LayerCodes(
+        layer.weight, layer.inputs, type(layer.branch)(layer.branch.down, -layer.branch.up), layer.bias
+    )
     assert largest_error(as_written(model, {"x": tokens()})[0], simulated(negative, tokens())) < 1e-5
 
 

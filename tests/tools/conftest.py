@@ -1,0 +1,117 @@
+"""A small checkpoint, images for it, and one finished job that all tests of the command line look at."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import float_model
+from PIL import Image
+
+from samq.tools import cli, stages
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Its stdout as the one JSON object that it must be."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Paths to start from."""
+
+    checkpoint: Path
+    photos: Path
+    coco: Path
+
+
+def samq(*arguments: object) -> Answer:
+    """Run `samq-export` in this process, through its entry point."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["samq-export", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    return Answer(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(answer: Answer, code: int, *words: str) -> str:
+    """The one line with which a command must have ended, with all of `words` in it."""
+    lines = answer.err.strip().splitlines()
+    assert answer.code == code, answer.err
+    assert "Traceback" not in answer.err
+    assert lines[-1].startswith("samq-export: ")
+    assert all(word in lines[-1] for word in words), lines[-1]
+    return lines[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_measurements() -> None:
+    stages.LATENCY_SECONDS = 0.2
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """The small model as a checkpoint, six photos, and two of them annotated."""
+    folder = tmp_path_factory.mktemp("inputs")
+    float_model().save_pretrained(folder / "checkpoint")
+    (folder / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for index in range(6):
+        coarse = Image.fromarray(random.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+        coarse.resize((96, 80), Image.Resampling.BICUBIC).save(folder / "photos" / f"{index}.png")
+    boxes = [(10, 10, 40, 30), (30, 25, 80, 70)]
+    coco = {
+        "images": [{"id": i, "file_name": f"photos/{i}.png", "width": 96, "height": 80} for i in (0, 1)],
+        "annotations": [
+            {
+                "id": 10 * image + index,
+                "image_id": image,
+                "category_id": 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+                "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
+            }
+            for image in (0, 1)
+            for index, (x1, y1, x2, y2) in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return Inputs(folder / "checkpoint", folder / "photos", folder / "coco.json")
+
+
+def whole_job(inputs: Inputs) -> list[object]:
+    """Arguments that the finished job was started with, but for its output directory."""
+    return [
+        "--model-path", inputs.checkpoint, "--calib-data", inputs.photos, "--num-calib-samples", 2,
+        "--config", "int4_svdquant", "--eval-data", inputs.coco,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """The output directory of `run --json` and its answer; not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    answer = samq("run", *whole_job(inputs), "--output-dir", out, "--json")
+    assert answer.code == 0, answer.err
+    return out, answer

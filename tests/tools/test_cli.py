@@ -1,0 +1,335 @@
+"""`samq-export` as its users meet it: the whole job, its stages, its plan, its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Answer, Inputs, refused, samq, whole_job
+
+from samq.calib.parts import PARTS
+from samq.engines.onnxruntime import executed_layers
+from samq.files import sha256_of
+from samq.tools.outdir import OutputDir
+
+STAGE_BY_STAGE = """
+import sys
+import torch
+from samq.tools import cli, stages
+torch.set_num_threads(1)
+stages.LATENCY_SECONDS = 0.2
+for line in sys.argv[1:]:
+    sys.argv = ["samq-export", *line.split("\\t")]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def hashes(out: Path, *folders: str) -> dict[str, str]:
+    """sha256 of every file of some folders."""
+    files = [path for folder in folders for path in sorted((out / folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(out)): sha256_of(path) for path in files}
+
+
+def test_run_leaves_everything_that_is_promised(finished: tuple[Path, Answer]) -> None:
+    out, answer = finished
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json", "config.yaml", "weights", "onnx", "engines", "report",
+    }  # fmt: skip
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert list(manifest["stages"]) == ["quantize", "export", "build", "validate"]
+    assert re.fullmatch(r"[0-9a-f]{64}", manifest["fingerprint"])
+    recorded = {name: sha for stage in manifest["stages"].values() for name, sha in stage["artifacts"].items()}
+    assert recorded == hashes(out, "weights", "onnx", "engines", "report") | {
+        "config.yaml": sha256_of(out / "config.yaml")
+    }
+    assert answer.json == json.loads((out / "report" / "report.json").read_text())
+
+
+def test_the_report_has_every_promised_figure(finished: tuple[Path, Answer]) -> None:
+    report = finished[1].json
+    accuracy, size, latency = report["accuracy"], report["size"], report["latency"]
+    for key in ("miou_baseline", "miou_quantized", "miou_relative", "agreement_iou"):
+        assert 0 < accuracy[key] <= 2
+    assert accuracy["miou_relative"] == pytest.approx(accuracy["miou_quantized"] / accuracy["miou_baseline"])
+    assert accuracy["prompts"] == {"count": 8, "images": 2, "source": "annotations"}
+    out = finished[0] / "onnx"
+    onnx_bytes, fp16_bytes = (sum((d / f"{p}.onnx").stat().st_size for p in PARTS) for d in (out, out / "fp16"))
+    assert size["file_ratio"] == pytest.approx(onnx_bytes / fp16_bytes)
+    assert 0.25 < size["quantized_layers_ratio"] < 0.35
+    assert latency["engine"] == "onnxruntime"
+    assert latency["speedup"] == pytest.approx(latency["baseline_ms"] / latency["quantized_ms"], abs=1e-3)
+    assert report["disagreements"] == []
+    quantized = [layer for layer in report["layers"] if layer["requested"] != "float"]
+    assert len(quantized) == 23
+    for layer in quantized:
+        assert layer["requested"] == "W4A8: INT8 GEMM"
+        assert layer["executed"].startswith("INT8 GEMM (")
+        assert 0 < layer["sqnr_db"] < 60
+        assert layer["group_size"] > 0
+        assert layer["rank"] >= 0
+    assert any(layer["rank"] > 0 for layer in quantized)
+    assert all(layer["skipped_because"] for layer in report["layers"] if layer["requested"] == "float")
+    text = (finished[0] / "report" / "report.md").read_text()
+    assert all(layer["name"] in text for layer in report["layers"])
+    assert "Relative mIoU" in text
+
+
+def test_json_answers_one_object_and_logs_go_to_stderr(finished: tuple[Path, Answer]) -> None:
+    answer = finished[1]
+    assert isinstance(answer.json, dict)
+    assert "quantize, 2 images" in answer.err
+    assert "\x1b" not in answer.err  # no bars and no colours where there is no terminal
+
+
+def test_the_same_command_finds_everything_done(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(finished[0], out)
+    before = hashes(out, "weights", "onnx", "engines")
+    answer = samq("run", *whole_job(inputs), "--output-dir", out)
+    assert answer.code == 0
+    assert answer.err.count("done before, nothing changed") == 3
+    assert hashes(out, "weights", "onnx", "engines") == before
+    assert "Every quantized layer executes what was requested" in answer.out
+
+
+def test_stage_by_stage_gives_the_same_bytes(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
+    """In another process, with another hash seed, its evaluation images named at the end only."""
+    out = tmp_path / "out"
+    start = [argument for argument in whole_job(inputs) if argument not in ("--eval-data", inputs.coco)]
+    lines = [
+        ["quantize", *start, "--output-dir", out],
+        ["export", "--output-dir", out],
+        ["build", "--output-dir", out],
+        ["validate", "--output-dir", out, "--eval-data", inputs.coco, "--quiet"],
+    ]
+    arguments = ["\t".join(map(str, line)) for line in lines]
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE_BY_STAGE, *arguments],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "12345"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"Done: {out} ({stage})" for stage in ("quantize", "export", "build")]
+    expected = hashes(finished[0], "weights", "onnx", "engines")
+    assert hashes(out, "weights", "onnx", "engines") == expected
+
+
+def test_static_shapes_go_through_all_stages(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "static"
+    shutil.copytree(finished[0], out)
+    answer = samq("run", *whole_job(inputs), "--output-dir", out, "--static-shapes", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.err.count("done before") == 1
+    assert answer.json["accuracy"]["prompts"]["count"] == 8
+    assert answer.json["disagreements"] == []
+    before = finished[1].json["accuracy"]["by_kind"]["box"]  # boxes have as many points as the static decoder takes
+    assert answer.json["accuracy"]["by_kind"]["box"]["miou_baseline"] == pytest.approx(
+        before["miou_baseline"], abs=0.02
+    )
+
+
+def test_what_the_runtime_makes_of_the_canonical_graph_is_flagged(inputs: Inputs, tmp_path: Path) -> None:
+    """Weights-only Q/DQ whose activations ONNX Runtime silently quantizes: requested and executed must differ."""
+    out = tmp_path / "out"
+    weights_only = ["--model-path", inputs.checkpoint, "--config", "int4_w4only_rtn", "--output-dir", out]
+    assert samq("run", *weights_only, "--quiet").code == 0
+    assert samq("validate", "--output-dir", out, "--json").json["disagreements"] == []
+    directory, folder = OutputDir.open(out), out / "engines" / "onnxruntime"
+    found = {}
+    for part in PARTS:
+        shutil.copy(out / "onnx" / f"{part}.onnx", folder)
+        found |= {name: vars(executed) for name, executed in executed_layers(folder / f"{part}.onnx").items()}
+    (folder / "executed.json").write_text(json.dumps(found))
+    directory.record("build", folder.iterdir(), 0.0, options={"engine": "onnxruntime"})
+    answer = samq("validate", "--output-dir", out, "--json")
+    report = answer.json
+    assert len(report["disagreements"]) == report["size"]["quantized_layers"] == 23
+    assert {layer["executed"] for layer in report["layers"] if layer["name"] in report["disagreements"]} == {
+        "INT4 weights, INT8 arithmetic (MatMulNBits)"
+    }
+    text = (out / "report" / "report.md").read_text()
+    assert "23 layers do not execute what was requested" in text
+    assert text.count("⚠") == 23
+    lacks = " ".join(report["lacks"])  # this job had no images at all
+    assert "accuracy" in lacks
+    assert "SQNR" in lacks
+    assert report["accuracy"]["miou_baseline"] is None
+    assert report["latency"]["speedup"] > 0
+    assert "Lacks accuracy" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "words"),
+    [("--min-relative-miou", 1.0, 3, "agreement with the baseline"), ("--min-speedup", 1000, 4, "speedup")],
+)
+def test_a_missed_gate_has_its_exit_code_and_keeps_the_report(
+    finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path, option: str, value: float, code: int, words: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "report")
+    answer = samq("validate", "--output-dir", out, "--eval-data", inputs.photos, option, value, "--json")
+    refused(answer, code, words, option)
+    assert answer.json["exit_code"] == code
+    (gate,) = answer.json["gates"]
+    assert (gate["asked"], gate["passed"]) == (value, False)
+    assert json.loads((out / "report" / "report.json").read_text())["gates"] == [gate]
+    assert "MISSED" in (out / "report" / "report.md").read_text()
+    assert set(OutputDir.open(out).stages) == {"quantize", "export", "build", "validate"}
+
+
+def test_a_reached_gate_ends_with_0(finished: tuple[Path, Answer], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    answer = samq("validate", "--output-dir", out, "--min-relative-miou", 0.1, "--min-speedup", 0.001)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("passed") == 2
+
+
+def test_an_accuracy_gate_without_images_is_refused_before_any_work(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model-path", inputs.checkpoint, "--config", "int4_w4only_rtn", "--output-dir", out]
+    refused(samq("run", *arguments, "--min-relative-miou", 0.9), 2, "--min-relative-miou", "--eval-data")
+    assert not out.exists()
+
+
+def test_dry_run_tells_every_layer_and_writes_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", *whole_job(inputs)[:-2], "--output-dir", out, "--dry-run"]
+    answer = samq(*arguments)
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    name = "vision_encoder.backbone.blocks.3.mlp.proj_out"
+    (line,) = [line for line in lines if line.startswith(f"{name} ")]  # one line a layer, nothing squeezed
+    assert re.search(r"384 → 96 +W4A8, groups of 128 \+ rank 2 +73,728 → \d+,\d+ ", line)
+    assert "wgts.low_rank.max_overhead" in line
+    (skipped,) = [line for line in lines if line.startswith("mask_decoder.iou_prediction_head.proj_in ")]
+    assert "float" in skipped
+    assert "wgts.skip_decoder" in skipped
+    plan = samq(*arguments, "--json").json
+    assert [row["name"] for row in plan["layers"]] == [line.split()[0] for line in lines[1 : lines.index("")]]
+    assert plan["total"]["quantized"] == 23
+    assert all(layer["skip"] or layer["planned_bytes"] < layer["fp16_bytes"] for layer in plan["layers"])
+    assert not out.exists()
+
+
+def test_dry_run_plans_the_bytes_that_are_stored(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
+    plan = samq("run", *whole_job(inputs), "--output-dir", tmp_path / "out", "--dry-run", "--json").json
+    stored = {layer["name"]: layer["stored_bytes"] for layer in finished[1].json["layers"]}
+    assert {layer["name"]: layer["planned_bytes"] for layer in plan["layers"]} == stored
+
+
+def test_quiet_says_nothing(finished: tuple[Path, Answer], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    assert samq("build", "--output-dir", out, "--quiet") == Answer(0, "", "")
+
+
+def test_doctor_tells_the_machine_and_what_engines_execute() -> None:
+    facts = samq("doctor", "--json").json
+    assert facts["presets"]["int4_w4a8"]["onnxruntime"] == "INT8 GEMM"
+    assert facts["presets"]["int4_w4only"]["onnxruntime"] == "INT4 weights, FP32 arithmetic"
+    assert "CPUExecutionProvider" in facts["onnxruntime_providers"]
+    assert facts["free_disk_gb"] > 0
+    text = samq("doctor").out
+    assert "int8_w8a8" in text
+    assert facts["onnxruntime"] in text
+
+
+def test_a_dataset_of_the_users_own_is_calibrated_on(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_data.py").write_text(
+        "import numpy as np\ndef make(): return [np.full((50, 60, 3), 40 * i, np.uint8) for i in range(5)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model-path", inputs.checkpoint, "--calib-data", "my_data:make", "--num-calib-samples", 1]
+    answer = samq("quantize", *arguments, "--config", "int8_w8a8", "--output-dir", "out", "--json")
+    assert answer.code == 0, answer.err
+    assert "my_data:make" in OutputDir.open(Path("out")).stages["quantize"]["calibration"]
+
+
+NO_SUCH = "no/such/folder"
+JOB = "quantize --model-path {ck} --output-dir {out}"
+REFUSALS = {
+    "unknown command": ("quantise", 2, "quantise"),
+    "unknown option": ("run --model x", 2, "--model", "--help"),
+    "missing option": ("quantize --model-path {ck}", 2, "--output-dir"),
+    "unknown preset": (f"{JOB} --config int4_w4a9", 2, "int4_w4a8"),
+    "unknown part": (f"{JOB} --parts encoder", 2, "image_encoder"),
+    "nothing to quantize": (f"{JOB} --config int4_w4only_rtn --parts mask_decoder", 2, "no layer"),
+    "no calibration images": (JOB, 2, "--calib-data"),
+    "no such images": (f"{JOB} --calib-data {NO_SUCH}", 6, NO_SUCH),
+    "no such checkpoint": (f"quantize --model-path {NO_SUCH} --output-dir {{out}}", 6, NO_SUCH),
+    "image size": (f"{JOB} --image-size 100", 2, "multiples of 32"),
+    "no GPU": (f"{JOB} --device cuda", 5, "--device cpu"),
+    "no output directory": ("export --output-dir {out}", 6, "quantize"),
+    "output is a file": ("quantize --model-path {ck} --output-dir {file} --config int4_w4only_rtn", 2, "is a file"),
+    "output is another's": (
+        "quantize --model-path {ck} --output-dir {ck} --config int4_w4only_rtn",
+        2,
+        "not samq's",
+        "--force",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_are_one_line_with_the_documented_exit_code(case: str, inputs: Inputs, tmp_path: Path) -> None:
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command, code, *words = REFUSALS[case]
+    (tmp_path / "file").touch()
+    known = {"ck": inputs.checkpoint, "out": tmp_path / "out", "file": tmp_path / "file"}
+    filled = [word.format(**known) for word in command.split()]
+    before = hashes(inputs.checkpoint, ".")
+    refused(samq(*filled), code, *words)
+    answer = samq(*filled, "--json")
+    assert answer.json["exit_code"] == code
+    assert all(word in answer.json["error"] for word in words)
+    assert hashes(inputs.checkpoint, ".") == before
+
+
+def test_no_command_is_a_refusal_that_points_to_the_help() -> None:
+    refused(samq(), 2, "Missing command", "samq-export --help")
+
+
+def test_an_unknown_key_of_a_config_is_named_with_its_line(inputs: Inputs, tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("wgts:\n  dtype: sint4\n  group_shape: [[1, 64]]\n")
+    arguments = ["--model-path", inputs.checkpoint, "--output-dir", tmp_path / "out", "--config", config]
+    refused(samq("quantize", *arguments), 2, "group_shapes", "3")
+
+
+def test_the_printed_exit_codes_are_the_real_ones() -> None:
+    from samq import errors
+
+    text = " ".join(samq("--help").out.split())
+    for error, words in {
+        errors.UsageError: "bad usage or config",
+        errors.AccuracyGateMissed: "accuracy gate missed",
+        errors.SpeedGateMissed: "engine slower than asked",
+        errors.MachineLacks: "the machine lacks what was asked for",
+        errors.BadInput: "bad input data or checkpoint",
+    }.items():
+        assert f"{error.exit_code} {words}" in text
+
+
+def test_an_interrupt_is_one_line(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "interrupting.py").write_text(
+        "class Data:\n  def __len__(self): return 5\n  def __getitem__(self, i): raise KeyboardInterrupt\n"
+        "def make(): return Data()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--model-path", inputs.checkpoint, "--calib-data", "interrupting:make", "--output-dir", tmp_path / "o"]
+    refused(samq("quantize", *arguments), 130, "interrupted")
