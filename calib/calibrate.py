@@ -17,7 +17,6 @@ from samq.calib.statistics import InputStatistics, Recorder
 from samq.errors import BadInput
 
 GRID_PER_SIDE = 4
-DECODER_CALLS = 3  # clicks, then boxes, then masks of what the clicks found
 
 
 @torch.no_grad()
@@ -25,7 +24,6 @@ def calibrate(
     model: Sam2Model,
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Tensor],
-    expected_batches: int,
     with_hessian: bool,
     with_decoder: bool,
     tick: Callable[[str], None] = lambda _: None,
@@ -39,7 +37,6 @@ def calibrate(
         model: a `Sam2Model` in eval mode.
         layers: the layers to observe, by name.
         batches: pixel values [B, 3, S, S]; read once, one batch in memory at a time.
-        expected_batches: number of batches, for spreading the samples.
         tick: called once a batch.
 
     Raises:
@@ -47,8 +44,7 @@ def calibrate(
     """
     encoder, decoder = ImageEncoder(model), MaskDecoder(model)
     device = next(model.parameters()).device
-    calls = max(1, expected_batches) * (DECODER_CALLS if with_decoder else 1)
-    recorder = Recorder(layers, with_hessian, calls)
+    recorder = Recorder(layers, with_hessian)
     seen = 0
     with recorder.recording() as statistics:
         for batch in batches:
@@ -66,16 +62,15 @@ def calibrate(
 
 
 def _prompt(decoder: MaskDecoder, features: tuple[Tensor, Tensor, Tensor], image_size: int) -> None:
-    """Run the decoder on `DECODER_CALLS` kinds of prompts for every image of the batch."""
+    """Run the decoder on clicks, boxes and masks for every image of the batch."""
     for index in range(features[0].shape[0]):
         one = tuple(feature[index : index + 1] for feature in features)
-        side = one[1].shape[-1]
-        logits = _decode(decoder, one, clicks(grid(image_size, GRID_PER_SIDE)), side, None)[0, :, 0]  # [P, side, side]
+        logits = decode(decoder, one, clicks(grid(image_size, GRID_PER_SIDE)))[0, :, 0]  # [P, side, side]
         found = (logits > 0).cpu().numpy()
         kept = [i for i, mask in enumerate(found) if mask.any()] or [0]
-        corners = np.stack([_box(found[i], image_size / side) for i in kept])
-        _decode(decoder, one, boxes(corners), side, None)
-        _decode(decoder, one, boxes(corners), side, logits[kept])
+        corners = np.stack([_box(found[i], image_size / found.shape[-1]) for i in kept])
+        decode(decoder, one, boxes(corners))
+        decode(decoder, one, boxes(corners), logits[kept])
 
 
 def _box(mask: NDArray[np.bool_], scale: float) -> NDArray[np.float32]:
@@ -83,11 +78,15 @@ def _box(mask: NDArray[np.bool_], scale: float) -> NDArray[np.float32]:
     return (corners * scale).astype(np.float32)
 
 
-def _decode(
-    decoder: MaskDecoder, features: tuple[Tensor, ...], prompts: Prompts, side: int, masks: Tensor | None
-) -> Tensor:
+def decode(decoder: MaskDecoder, features: tuple[Tensor, ...], prompts: Prompts, masks: Tensor | None = None) -> Tensor:
+    """Mask logits [1, P, 1 + M, h, w] of one image.
+
+    Args:
+        features: the encoder's outputs for it, batch size 1.
+        masks: [P, h, w] logits as mask prompts, or None.
+    """
     device = features[0].device
-    count = len(prompts)
+    count, side = len(prompts), features[1].shape[-1]
     mask_input = torch.zeros(1, count, 1, side, side, device=device) if masks is None else masks[None, :, None]
     has_mask = torch.full((1, count), float(masks is not None), device=device)
     coords = torch.from_numpy(prompts.coords)[None].to(device)

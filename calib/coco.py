@@ -127,9 +127,7 @@ def _image_folder(annotations: Path, given: Path | None, names: list[str]) -> Pa
         bases = (annotations.parent, annotations.parent.parent)
         folders = [base / first / second for base, first, second in product(bases, ("", "images"), below)]
         places = f"its folder or the one above, nor in {', '.join(below[1:])} there"
-    counts = [
-        sum(os.path.isfile(folder / name) for name in names) if folder.is_dir() else 0 for folder in folders
-    ]
+    counts = [sum(os.path.isfile(folder / name) for name in names) if folder.is_dir() else 0 for folder in folders]
     if not any(counts):
         raise BadInput(
             f"{annotations}: none of its {len(names)} images (first: {printable(names[0])}) is in {places};"
@@ -162,9 +160,7 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> NDArray[np.
 
 def _from_polygons(polygons: list[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
     height, width = size
-    limit = 2 * max(
-        size
-    )  # pycocotools crashes on coordinates far away, and hangs on those that are not finite
+    limit = 2 * max(size)  # pycocotools crashes on coordinates far away, and hangs on those that are not finite
     for polygon in polygons:
         points = np.asarray(polygon, dtype=np.float64)
         if points.ndim != 1 or points.size % 2:

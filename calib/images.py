@@ -190,8 +190,7 @@ def as_rgb(value: Any) -> NDArray[np.uint8]:
         if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:
             return np.ascontiguousarray(np.rint(pixels * 255).astype(np.uint8))
     raise ValueError(
-        f"the image is {described(value)}; return a PIL image, uint8 [H, W, 3] or [3, H, W],"
-        " or floats from 0 to 1"
+        f"the image is {described(value)}; return a PIL image, uint8 [H, W, 3] or [3, H, W], or floats from 0 to 1"
     )
 
 
@@ -203,9 +202,7 @@ def as_masks(value: Any, size: tuple[int, ...]) -> NDArray[np.bool_]:
     """
     array = np.asarray(as_array(value))
     if array.ndim != 3 or array.shape[1:] != size or array.dtype.kind not in "bui":
-        raise ValueError(
-            f"the masks are {described(value)}; return bool or integers [n, {size[0]}, {size[1]}]"
-        )
+        raise ValueError(f"the masks are {described(value)}; return bool or integers [n, {size[0]}, {size[1]}]")
     masks: NDArray[np.bool_] = array != 0
     return masks[masks.any(axis=(1, 2))]
 
@@ -215,11 +212,7 @@ def described(value: Any) -> str:
     array = as_array(value)
     if not isinstance(array, np.ndarray):
         return f"of type {type(value).__name__}"
-    values = (
-        f" with values from {array.min():g} to {array.max():g}"
-        if array.size and array.dtype.kind in "fui"
-        else ""
-    )
+    values = f" with values from {array.min():g} to {array.max():g}" if array.size and array.dtype.kind in "fui" else ""
     return f"{type(value).__name__} {array.dtype} {list(array.shape)}{values}"
 
 

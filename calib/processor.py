@@ -80,9 +80,7 @@ class SamProcessor:
             if tried.shape != (3, self.image_size, self.image_size) or not np.isfinite(tried).all():
                 raise ValueError(f"makes an image {tried.shape} or values that are not finite")
         except Exception as error:  # transformers checks settings in many places, each with its own type
-            raise BadInput(
-                f"{origin}: invalid settings ({reason(error)}); restore the original file"
-            ) from error
+            raise BadInput(f"{origin}: invalid settings ({reason(error)}); restore the original file") from error
 
     @classmethod
     def from_checkpoint(cls, directory: Path | None, image_size: int | None) -> SamProcessor:
@@ -112,9 +110,7 @@ class SamProcessor:
         pixel_values = np.ascontiguousarray(features["pixel_values"][0], dtype=np.float32)
         return Processed(pixel_values, (image.shape[0], image.shape[1]))
 
-    def points_to_model(
-        self, points: NDArray[np.float32], original_size: tuple[int, int]
-    ) -> NDArray[np.float32]:
+    def points_to_model(self, points: NDArray[np.float32], original_size: tuple[int, int]) -> NDArray[np.float32]:
         """Scale (x, y) from pixels of the image to pixels of the model, like `Sam2Processor`.
 
         Args:

@@ -57,8 +57,7 @@ def open_source(spec: str | Path) -> ImageSource:
     if names and not names[1].endswith(".json"):
         return DatasetSource(names[1], names[2])
     raise BadInput(
-        f"'{spec}': no such folder or file; give a folder of images, a COCO .json file,"
-        " or module:factory of a dataset"
+        f"'{spec}': no such folder or file; give a folder of images, a COCO .json file, or module:factory of a dataset"
     )
 
 
@@ -168,17 +167,14 @@ class DatasetSource:
                 f"{self._spec}: cannot be imported ({reason(error)}); try `python -c 'import {module}'`"
             ) from error
         if not callable(function):
-            raise BadInput(
-                f"{self._spec}: is {described(function)}; name a function that returns the dataset"
-            )
+            raise BadInput(f"{self._spec}: is {described(function)}; name a function that returns the dataset")
         try:
             self._dataset = function()
         except (Exception, SystemExit) as error:
             raise BadInput(f"{self._spec}: calling it without arguments failed ({reason(error)})") from error
         if not (hasattr(self._dataset, "__len__") and hasattr(self._dataset, "__getitem__")):
             raise BadInput(
-                f"{self._spec}: returned {described(self._dataset)};"
-                " return an object with __len__ and __getitem__"
+                f"{self._spec}: returned {described(self._dataset)}; return an object with __len__ and __getitem__"
             )
         try:
             self._length = len(self._dataset)

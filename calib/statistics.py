@@ -19,8 +19,9 @@ class InputStatistics:
     Args:
         low, high: [K] smallest and largest value of each channel.
         hessian: [K, K] Σ x xᵀ in float32, or None when nothing asked for it.
-        sample: [≤ SAMPLE_ROWS, K] rows spread evenly over the calls.
+        sample: [≤ SAMPLE_ROWS, K] rows, about equally many of each call.
         rows: number of rows seen.
+        share: rows that the next call puts into the sample.
     """
 
     low: Tensor
@@ -28,6 +29,7 @@ class InputStatistics:
     hessian: Tensor | None
     sample: Tensor
     rows: int = 0
+    share: int = SAMPLE_ROWS
 
     @staticmethod
     def empty(inputs: int, with_hessian: bool, device: torch.device) -> InputStatistics:
@@ -39,18 +41,18 @@ class InputStatistics:
             sample=torch.empty(0, inputs, device=device),
         )
 
-    def add(self, x: Tensor, sample_rows: int) -> None:
-        """Take in inputs [..., K], `sample_rows` of them into the sample."""
+    def add(self, x: Tensor) -> None:
+        """Take in inputs [..., K]. A sample that has grown too large loses every other row, and so do later calls."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.low = torch.minimum(self.low, x.amin(0))
         self.high = torch.maximum(self.high, x.amax(0))
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
-        room = min(sample_rows, SAMPLE_ROWS - self.sample.shape[0], x.shape[0])
-        if room > 0:
-            picked = torch.linspace(0, x.shape[0] - 1, room, device=x.device).round().long()
-            self.sample = torch.cat([self.sample, x[picked]])
-        self.rows += x.shape[0]
+        picked = torch.linspace(0, len(x) - 1, min(self.share, len(x)), device=x.device).round().long()
+        self.sample = torch.cat([self.sample, x[picked]])
+        if len(self.sample) > SAMPLE_ROWS:
+            self.sample, self.share = self.sample[::2], max(1, self.share // 2)
+        self.rows += len(x)
 
     def rescale(self, factor: Tensor) -> None:
         """Account for inputs that are from now on multiplied by `factor` [K] > 0."""
@@ -77,32 +79,29 @@ class Recorder:
     Args:
         layers: name → module with `in_features`.
         with_hessian: also gather Σ x xᵀ.
-        expected_calls: how often each layer will run, so that the sample is spread over all calls.
     """
 
     layers: Mapping[str, nn.Linear]
     with_hessian: bool
-    expected_calls: int
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, InputStatistics]]:
         """Hooks are in place inside the `with` block, and removed at its end whatever happens."""
-        share = max(1, -(-SAMPLE_ROWS // max(1, self.expected_calls)))
         handles = []
         try:
             for name, layer in self.layers.items():
                 entry = InputStatistics.empty(layer.in_features, self.with_hessian, layer.weight.device)
                 self.statistics[name] = entry
-                handles.append(layer.register_forward_pre_hook(_adding_to(entry, share)))
+                handles.append(layer.register_forward_pre_hook(_adding_to(entry)))
             yield self.statistics
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _adding_to(entry: InputStatistics, sample_rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _adding_to(entry: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        entry.add(args[0], sample_rows)
+        entry.add(args[0])
 
     return hook

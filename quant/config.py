@@ -126,9 +126,7 @@ class InputsConfig(_Section):
                 key="granularity",
             )
         if self.dtype == "uint8" and self.mode == "dynamic":
-            raise impossible(
-                "uint8 needs mode: static, for dynamic scales are symmetric; use sint8", key="dtype"
-            )
+            raise impossible("uint8 needs mode: static, for dynamic scales are symmetric; use sint8", key="dtype")
         return self
 
 

@@ -25,19 +25,6 @@ EXACT_TOLERANCE = 1e-3  # relative, of both parts' outputs; FP32 rounding throug
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Calibration images as pixel values.
-
-    Args:
-        batches: [B, 3, S, S] each, read once.
-        count: number of batches to expect.
-    """
-
-    batches: Iterable[Tensor]
-    count: int
-
-
-@dataclass(frozen=True)
 class Quantized:
     """A quantized model.
 
@@ -57,7 +44,7 @@ class Quantized:
 def quantize(
     model: Sam2Model,
     recipe: Recipe,
-    calibration: Calibration | None,
+    calibration: Iterable[Tensor] | None,
     parts: Collection[str] = PARTS,
     tick: Callable[[str], None] = lambda _: None,
     measure: bool = False,
@@ -67,7 +54,7 @@ def quantize(
     Args:
         model: a float `Sam2Model` in eval mode; not changed.
         recipe: formats and methods.
-        calibration: images; may be None for a recipe that needs none.
+        calibration: pixel values [B, 3, S, S], read once; may be None for a recipe that needs no images.
         parts: the parts whose layers are quantized.
         tick: called with "calibrate" after each batch and with a layer's name after each layer.
         measure: gather Hessians even when no pass needs them, so that every layer's output error is known.
@@ -90,16 +77,17 @@ def quantize(
             raise BadInput(f"{name} holds values that are not finite; check the checkpoint")
     work = Work(copy.deepcopy(model), recipe, chosen, {}, tick=tick)
     for step in passes:
-        if step.needs and not work.statistics and calibration is not None:
+        looks = step.needs or not step.exact  # what changes nothing and asks for nothing comes before calibration
+        if needs and looks and not work.statistics and calibration is not None:
             work.statistics = _gather(work, calibration, HESSIAN in needs)
         _run(step, work)
     return Quantized(work.model, work.codes, plans, work.notes)
 
 
-def _gather(work: Work, calibration: Calibration, with_hessian: bool) -> dict[str, InputStatistics]:
+def _gather(work: Work, calibration: Iterable[Tensor], with_hessian: bool) -> dict[str, InputStatistics]:
     layers = {name: linear_at(work.model, name) for name in work.plans}
     with_decoder = any(plan.part == MASK_DECODER for plan in work.plans.values())
-    return calibrate(work.model, layers, calibration.batches, calibration.count, with_hessian, with_decoder, work.tick)
+    return calibrate(work.model, layers, calibration, with_hessian, with_decoder, work.tick)
 
 
 def _run(step: Pass, work: Work) -> None:

@@ -22,7 +22,7 @@ from samq.calib.checkpoint import load_checkpoint
 from samq.calib.sources import open_source, take
 from samq.files import write_json
 from samq.quant.config import Recipe, preset_names
-from samq.quant.quantize import Calibration, quantize
+from samq.quant.quantize import quantize
 from samq.tools.demo.dataset import CHECKPOINT, IMAGES, SCENES
 from samq.tools.job import Job, open_data
 from samq.tools.progress import Reporter
@@ -89,8 +89,8 @@ def _output_errors(recipe: Recipe) -> dict[str, float]:
     batches = (
         torch.from_numpy(checkpoint.processor(sample.image).pixel_values)[None] for sample in take(source, count)
     )
-    result = quantize(checkpoint.model, recipe, Calibration(batches, count), measure=True)
-    return {name: notes.output_error or 0.0 for name, notes in result.notes.items()}
+    result = quantize(checkpoint.model, recipe, batches, measure=True)
+    return {name: notes.output_error for name, notes in result.notes.items() if notes.output_error is not None}
 
 
 HEAD = (

@@ -96,9 +96,7 @@ def worst_errors(model: Sam2Model, image_size: int = IMAGE_SIZE, seed: int = 0) 
         return _compare(model, Predictor(*engines), image_size, np.random.default_rng(seed))
 
 
-def _compare(
-    model: Sam2Model, predictor: Predictor, image_size: int, random: np.random.Generator
-) -> dict[str, float]:
+def _compare(model: Sam2Model, predictor: Predictor, image_size: int, random: np.random.Generator) -> dict[str, float]:
     pixels = random.standard_normal((3, image_size, image_size), dtype=np.float32)
     features = predictor.encode(pixels)
     with torch.no_grad():

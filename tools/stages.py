@@ -28,7 +28,7 @@ from samq.export.trace import StaticShape, trace
 from samq.files import write_json, write_text
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.plan import describe_request, make_plan
-from samq.quant.quantize import Calibration, Quantized, quantize
+from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
 from samq.tools.evaluate import as_json, evaluate, summarize
 from samq.tools.job import Data, Job, fingerprint, open_data
@@ -36,7 +36,7 @@ from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
 from samq.tools.progress import Reporter
 from samq.tools.report import build_report, to_markdown
-from samq.tools.sqnr import encoder_sqnr
+from samq.tools.sqnr import layer_sqnr
 
 LATENCY_SECONDS = 10.0
 SQNR_IMAGES = 4
@@ -146,7 +146,7 @@ def _quantize(
     expected = -(-count // recipe.calib.batch_size)
     batches = _batches(data, checkpoint.processor, count, recipe.calib.batch_size, job.seed)
     with reporter.track(f"quantize {layers} layers on {count} images", expected + layers) as step:
-        result = quantize(checkpoint.model, recipe, Calibration(batches, expected), job.parts, lambda _: step())
+        result = quantize(checkpoint.model, recipe, batches, job.parts, lambda _: step())
     unreadable.extend(data.calibration.unreadable)
     for line in unreadable:
         reporter.warn(f"skipped an unreadable image: {line}")
@@ -297,9 +297,6 @@ def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporte
     assert data.evaluation is not None
     baseline = _baseline(out, job)
     model, codes = load_quantized(out.path / "weights")
-    layers = [name for name in codes if name.startswith("vision_encoder.")]
-    if not layers:
-        return {}
     with reporter.track("SQNR", SQNR_IMAGES) as step:
         samples = take(data.evaluation, min(SQNR_IMAGES, len(data.evaluation)), job.seed)
 
@@ -308,7 +305,7 @@ def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporte
                 yield torch.from_numpy(processor(sample.image).pixel_values)[None]
                 step()
 
-        return encoder_sqnr(baseline, model, layers, batches())
+        return layer_sqnr(baseline, model, list(codes), batches())
 
 
 def _latency(baseline: Predictor, quantized: Predictor) -> dict[str, Any]:

@@ -26,7 +26,7 @@ NO_SMOOTHING = {"enabled": False}
 def statistics_of(rows: Tensor, with_hessian: bool = True) -> InputStatistics:
     entry = InputStatistics.empty(rows.shape[-1], with_hessian, rows.device)
     if len(rows):
-        entry.add(rows, 1024)
+        entry.add(rows)
     return entry
 
 

@@ -17,7 +17,7 @@ from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe, load_recipe, preset_names
 from samq.quant.layers import QuantizedLinear
 from samq.quant.passes import Pass, Quantize, RotateValues, Smooth, Work, passes_for
-from samq.quant.quantize import Calibration, quantize
+from samq.quant.quantize import quantize
 
 LOOSE = {  # relative error of the image embedding that a format may cost on random weights
     "int4_w4a8": 0.12,
@@ -29,8 +29,8 @@ LOOSE = {  # relative error of the image embedding that a format may cost on ran
 }
 
 
-def images(count: int = 2) -> Calibration:
-    return Calibration((pixels(2, seed) for seed in range(count)), count)
+def images(count: int = 2) -> Iterator[Tensor]:
+    return (pixels(2, seed) for seed in range(count))
 
 
 def state_of(model: Sam2Model) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def test_hooks_are_gone_when_a_batch_fails(small_model: Sam2Model, monkeypatch: 
 
     monkeypatch.setattr(runner, "passes_for", lambda recipe: [seen, *passes_for(recipe)])
     with pytest.raises(OSError, match="the disk went away"):
-        quantize(small_model, recipe_of(), Calibration(batches(), 2))
+        quantize(small_model, recipe_of(), batches())
     assert counts == [67]  # one for each layer that is quantized, while the second batch is read
     assert count_hooks(seen.model) == count_hooks(small_model) == 0
 
@@ -202,7 +202,7 @@ def test_values_that_are_not_finite_are_bad_input(
     broken[0, 0, 5, 5] = value
     recipe = recipe_of(preset, rotation={"enabled": rotate})
     with pytest.raises(BadInput, match="not finite") as caught:
-        quantize(small_model, recipe, Calibration([broken], 1))
+        quantize(small_model, recipe, [broken])
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -219,4 +219,4 @@ def test_a_broken_checkpoint_is_bad_input(small_model: Sam2Model, preset: str, r
 
 def test_no_image_is_bad_input(small_model: Sam2Model) -> None:
     with pytest.raises(BadInput, match="--calib-data"):
-        quantize(small_model, recipe_of(), Calibration([], 0))
+        quantize(small_model, recipe_of(), [])

@@ -19,7 +19,7 @@ from transformers import Sam2Model
 from samq.errors import BadInput, MachineLacks
 from samq.quant.config import Recipe, preset_names
 from samq.quant.layers import QuantizedLinear
-from samq.quant.quantize import Calibration, quantize
+from samq.quant.quantize import quantize
 from samq.quant.storage import FILE_NAME, FORMAT, load_quantized, save_quantized
 
 LAYER = "vision_encoder.backbone.blocks.0.attn.qkv"
@@ -42,7 +42,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_bit_for_bit(small_model: Sam2Model, name: str, tmp_path: Path) -> None:
-    saved = quantize(small_model, RECIPES[name](), Calibration([pixels(1)], 1))
+    saved = quantize(small_model, RECIPES[name](), [pixels(1)])
     path = save_quantized(tmp_path, saved.model, saved.codes)
     assert path == tmp_path / FILE_NAME
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", FILE_NAME]
@@ -80,7 +80,7 @@ def test_bit_for_bit(small_model: Sam2Model, name: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def written(small_model: Sam2Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    saved = quantize(small_model, recipe_of("int4_svdquant"), Calibration([pixels(1)], 1))
+    saved = quantize(small_model, recipe_of("int4_svdquant"), [pixels(1)])
     save_quantized(folder, saved.model, saved.codes)
     return folder
 
