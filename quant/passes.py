@@ -17,6 +17,7 @@ from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
 from samq.quant.config import Recipe
+from samq.quant.folds import Folds
 from samq.quant.gptq import gptq, output_error
 from samq.quant.grids import QuantizedWeight, round_to_grid
 from samq.quant.inputs import InputGrid, static_grid
@@ -65,6 +66,7 @@ class Work:
         statistics: of their inputs; empty until a pass needs them.
         codes: results by layer name.
         notes: remarks by layer name.
+        folds: the exact changes of basis so far.
         tick: called with a layer's name when it is done.
     """
 
@@ -74,6 +76,7 @@ class Work:
     statistics: dict[str, InputStatistics]
     codes: dict[str, LayerCodes] = field(default_factory=dict)
     notes: dict[str, LayerNotes] = field(default_factory=dict)
+    folds: Folds = field(default_factory=Folds)
     tick: Tick = lambda _: None
 
     def sites(self) -> list[FoldSite]:
@@ -111,6 +114,7 @@ class RotateValues(Pass):
         sites = [site for site in work.sites() if site.heads is not None]
         for site in sites:
             rotate_values(work.model, site)
+            work.folds.rotated.append(site.source)
             work.note(site.layers[0]).remark(f"inputs rotated per head, folded into {site.source}")
         return [site.layers[0] for site in sites]
 
@@ -130,6 +134,7 @@ class Smooth(Pass):
         for site in work.sites():
             absmax = torch.stack([work.statistics[layer].absmax() for layer in site.layers]).amax(0)
             factors = smooth(work.model, site, absmax, self.alpha)
+            work.folds.scales[site.source] = factors
             for layer in site.layers:
                 work.statistics[layer].rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed, folded into {site.source}")

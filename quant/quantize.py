@@ -16,6 +16,7 @@ from samq.calib.prompting import clicks, grid
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
+from samq.quant.folds import Folds
 from samq.quant.layers import LayerCodes
 from samq.quant.passes import HESSIAN, LayerNotes, Pass, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan
@@ -33,12 +34,14 @@ class Quantized:
         codes: what the quantized layers store, by name.
         plans: the decision for every layer, skipped ones too.
         notes: what happened to the quantized layers.
+        folds: the exact changes of basis that the model has, and the float one has not.
     """
 
     model: Sam2Model
     codes: dict[str, LayerCodes]
     plans: list[LayerPlan]
     notes: dict[str, LayerNotes]
+    folds: Folds
 
 
 def quantize(
@@ -81,7 +84,7 @@ def quantize(
         if needs and looks and not work.statistics and calibration is not None:
             work.statistics = _gather(work, calibration, HESSIAN in needs)
         _run(step, work)
-    return Quantized(work.model, work.codes, plans, work.notes)
+    return Quantized(work.model, work.codes, plans, work.notes, work.folds)
 
 
 def _gather(work: Work, calibration: Iterable[Tensor], with_hessian: bool) -> dict[str, InputStatistics]:

@@ -31,10 +31,16 @@ def smooth(model: nn.Module, site: FoldSite, input_absmax: Tensor, alpha: float)
     layers = site.layers_in(model)
     weight_absmax = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
     factors = smoothing_factors(input_absmax, weight_absmax, alpha)
-    for layer in layers:
+    fold_scale(model, site, factors)
+    return factors
+
+
+@torch.no_grad()
+def fold_scale(model: nn.Module, site: FoldSite, factors: Tensor) -> None:
+    """Divide the inputs of a site's layers by `factors` [K] > 0 in its source, and multiply their columns by them."""
+    for layer in site.layers_in(model):
         layer.weight *= factors
     source, rows = site.source_in(model), slice(*site.rows)
     scale = factors if source.weight.ndim == 1 else factors[:, None]
     source.weight[rows] /= scale
     source.bias[rows] /= factors
-    return factors

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import Any
 
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import torch
 
 from samq.quant.config import load_recipe, preset_names

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ TOLERANCE = 1e-4
 IMAGE_SIZE = 1024
 
 # Hiera variants of SAM 2.1 (arXiv 2408.00714, appendix D; facebook/sam2.1-hiera-*)
-BACKBONES: dict[str, dict[str, object]] = {
+BACKBONES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 96, "blocks_per_stage": [1, 2, 7, 2], "global_attention_blocks": [5, 7, 9]},
     "small": {"hidden_size": 96, "blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
     "base-plus": {
@@ -66,7 +67,7 @@ def random_sam2(name: str, seed: int = 0) -> Sam2Model:
     """
     torch.manual_seed(seed)
     backbone = BACKBONES[name]
-    width = int(str(backbone["hidden_size"]))
+    width: int = backbone["hidden_size"]
     widths = [width << stage for stage in range(4)]
     vision = Sam2VisionConfig(
         backbone_config=Sam2HieraDetConfig(**backbone, embed_dim_per_stage=widths),
@@ -77,7 +78,8 @@ def random_sam2(name: str, seed: int = 0) -> Sam2Model:
         prompt_encoder_config=Sam2PromptEncoderConfig(),
         mask_decoder_config=Sam2MaskDecoderConfig(),
     )
-    model = Sam2Model(config).eval()
+    model = Sam2Model(config)
+    model.train(False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1 or not parameter.any():  # biases and embeddings start at zero or one

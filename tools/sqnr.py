@@ -1,7 +1,8 @@
 """Signal-to-quantization-noise ratio of each quantized layer's output, along the network as it runs.
 
-SQNR = 10 log₁₀(Σ y² / Σ (y − ŷ)²), y from the float model and ŷ from the quantized one on the same image, so that the
-noise of all earlier layers is part of it. The mask decoder is prompted with a grid of clicks.
+SQNR = 10 log₁₀(Σ y² / Σ (y − ŷ)²), y from the float model (with the folds of the quantized one, see `samq.quant.folds`)
+and ŷ from the quantized one on the same image, so that the noise of all earlier layers is part of it. The mask decoder
+is prompted with a grid of clicks.
 """
 
 from __future__ import annotations

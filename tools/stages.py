@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import StaticShape, trace
 from samq.files import write_json, write_text
 from samq.quant.config import Recipe, load_recipe
+from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
@@ -119,6 +121,7 @@ def run_quantize(
     quantized = _quantize(job, recipe, checkpoint, data, reporter, unreadable)
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
+    paths.append(quantized.folds.save(weights))
     layers = weights / "layers.json"
     write_json(layers, _layer_table(quantized, recipe))
     write_text(out.path / "config.yaml", recipe.to_yaml())
@@ -196,12 +199,12 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     with reporter.track("export", 3 * len(PARTS)) as step:
         for part in PARTS:
             skeleton = trace(baseline, part, StaticShape() if job.static_shapes else None)
-            for name, filled in (
-                (f"fp32/{part}.onnx", lambda s=skeleton: float_part(s, baseline, half=False)),
-                (f"fp16/{part}.onnx", lambda s=skeleton: float_part(s, baseline, half=True)),
-                (f"{part}.onnx", lambda s=skeleton: quantized_part(s, model, codes)),
+            for name, fill in (
+                (f"fp32/{part}.onnx", partial(float_part, skeleton, baseline, half=False)),
+                (f"fp16/{part}.onnx", partial(float_part, skeleton, baseline, half=True)),
+                (f"{part}.onnx", partial(quantized_part, skeleton, model, codes)),
             ):
-                paths += save_part(filled(), folder / name)
+                paths += save_part(fill(), folder / name)
                 step()
     out.record("export", paths, time.perf_counter() - started, options=_options_of("export", job))
 
@@ -296,6 +299,7 @@ def _image_size(predictor: Predictor) -> int:
 def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporter: Reporter) -> dict[str, float | None]:
     assert data.evaluation is not None
     baseline = _baseline(out, job)
+    Folds.load(out.path / "weights").apply(baseline)
     model, codes = load_quantized(out.path / "weights")
     with reporter.track("SQNR", SQNR_IMAGES) as step:
         samples = take(data.evaluation, min(SQNR_IMAGES, len(data.evaluation)), job.seed)

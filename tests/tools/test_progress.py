@@ -1,0 +1,52 @@
+"""Bars on a terminal only, messages on stderr only."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import time
+from samq.tools.progress import Reporter
+reporter = Reporter()
+with reporter.track("working", 3) as step:
+    for _ in range(3):
+        step()
+        time.sleep(0.15)
+reporter.warn("[red]careful[/red]")
+print("result")
+"""
+
+
+def _run(*, stdout_is_terminal: bool) -> tuple[str, str]:
+    """What the script writes to stdout and to stderr; stderr is a terminal."""
+    leader, follower = pty.openpty()
+    out = follower if stdout_is_terminal else subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=out, stderr=follower, env={**os.environ, "TERM": "xterm"}
+    )
+    piped = process.communicate(timeout=60)[0]
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            shown += chunk
+    except OSError:  # Linux' way of saying that the other end is closed
+        pass
+    os.close(leader)
+    assert process.returncode == 0, shown
+    return (piped or b"").decode(), shown.decode()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_bars_are_shown_on_a_terminal_only() -> None:
+    assert "3/3" in _run(stdout_is_terminal=True)[1]
+    out, err = _run(stdout_is_terminal=False)
+    assert out == "result\n"
+    assert "/3" not in err
+    assert "working: 0." in err
+    assert "[red]careful[/red]" in err

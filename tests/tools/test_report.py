@@ -1,0 +1,45 @@
+"""Gates, and the words of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from samq.errors import AccuracyGateMissed, SpeedGateMissed
+from samq.quant.config import load_recipe
+from samq.tools.report import requested_compute
+from samq.tools.stages import _gates, missed_gate
+
+
+def _report(
+    relative: float | None, agreement: float | None, speedup: float, truth: float | None = 0.8
+) -> dict[str, Any]:
+    accuracy = {"miou_baseline": truth, "miou_relative": relative, "agreement_iou": agreement}
+    return {"accuracy": accuracy, "latency": {"speedup": speedup}}
+
+
+@pytest.mark.parametrize(
+    ("report", "asked", "expected", "words"),
+    [
+        (_report(0.97, 0.99, 1.1), (0.97, 1.1), None, ""),
+        (_report(0.97, 0.99, 1.1), (0.98, None), AccuracyGateMissed, "relative mIoU is 0.9700"),
+        (_report(0.97, 0.99, 1.1), (None, 1.2), SpeedGateMissed, "speedup is 1.1000"),
+        (_report(0.97, 0.99, 1.1), (0.98, 1.2), AccuracyGateMissed, "--min-relative-miou 0.98"),
+        (_report(None, 0.95, 1.1, truth=None), (0.96, None), AccuracyGateMissed, "agreement"),
+        (_report(None, 0.99, 1.1, truth=0.0), (0.5, None), AccuracyGateMissed, "unknown"),
+        (_report(float("nan"), 0.99, 1.1), (0.5, None), AccuracyGateMissed, "relative mIoU"),
+    ],
+)
+def test_gates(report: dict[str, Any], asked: tuple[Any, Any], expected: type[Exception] | None, words: str) -> None:
+    report["gates"] = _gates(report, *asked)
+    missed = missed_gate(report)
+    assert missed is None if expected is None else type(missed) is expected
+    assert words in str(missed)
+    assert len(report["gates"]) == sum(value is not None for value in asked)
+
+
+def test_what_an_engine_must_execute_follows_the_format() -> None:
+    assert requested_compute(load_recipe("int4_svdquant")) == "INT8 GEMM"
+    assert requested_compute(load_recipe("int8_w8a8")) == "INT8 GEMM"
+    assert requested_compute(load_recipe("int4_w4only")) == "INT4 weights, FP32 arithmetic"
