@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
+import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from samq.engines.base import Arrays, Executed

@@ -17,6 +17,7 @@ from samq.errors import MachineLacks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's only word on a full disk, without an errno
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
 
 
@@ -64,7 +65,7 @@ def _flush_directory(directory: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> MachineLacks:
-    if error.errno in DISK_FULL:
+    if error.errno in DISK_FULL or _SHORT_WRITE.search(str(error)):
         return MachineLacks(f"{path}: the disk is full; free some space and run the same command again")
     return MachineLacks(f"{path}: cannot be written ({error.strerror or error}); choose another --output-dir")
 
