@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from samq.tools.demo.scenes import HELD_OUT_SCENES, Scene, draw_scene, held_out_scene, train_scene
+from samq.tools.demo.scenes import (
+    HELD_OUT_SCENES,
+    Scene,
+    _Canvas,
+    _cast_shadow,
+    draw_scene,
+    held_out_scene,
+    train_scene,
+)
+from samq.tools.demo.shapes import Patch
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +69,14 @@ def _has_hole(mask: np.ndarray) -> bool:
 def _some_objects_touch(scene: Scene) -> bool:
     grown = np.stack([ndimage.binary_dilation(mask) for mask in scene.masks])
     return bool(grown.sum(axis=0).max() > 1)
+
+
+@pytest.mark.parametrize("light", [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
+@pytest.mark.parametrize("corner", [(0, 0), (0, 62), (62, 0), (62, 62)])
+def test_a_shadow_may_fall_outside(light: tuple[float, float], corner: tuple[int, int]) -> None:
+    canvas = _Canvas(np.full((64, 64, 3), 200.0, np.float32), np.zeros((64, 64), np.uint8), [], [], np.array(light))
+    patch = Patch(np.ones((2, 2), np.float32), *corner)
+    for seed in range(20):
+        _cast_shadow(np.random.default_rng(seed), canvas, patch, diameter=60.0)
+    assert 0 < canvas.rgb.min()
+    assert canvas.rgb.max() <= 200
