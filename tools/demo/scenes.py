@@ -234,8 +234,10 @@ def _cast_shadow(rng: np.random.Generator, canvas: _Canvas, patch: Patch, diamet
     shadow = _blurred(np.pad(patch.coverage, margin), softness)
     shift = np.rint(-canvas.light * diameter * rng.uniform(0.05, 0.2)).astype(int)
     left, top = patch.left - margin + shift[0], patch.top - margin + shift[1]
-    rows = slice(max(top, 0), max(min(top + shadow.shape[0], canvas.size), 0))
-    columns = slice(max(left, 0), max(min(left + shadow.shape[1], canvas.size), 0))
+    rows, columns = (
+        slice(*np.clip((start, start + length), 0, canvas.size))
+        for start, length in zip((top, left), shadow.shape, strict=True)
+    )
     part = shadow[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     canvas.rgb[rows, columns] *= 1 - rng.uniform(0.2, 0.6) * part[..., None]
 
