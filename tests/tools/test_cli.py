@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Answer, Inputs, refused, samq, whole_job
+from exported import canonical
+from small_model import recipe_of
 
 from samq.calib.parts import PARTS
 from samq.engines.onnxruntime import executed_layers
+from samq.export.parts import save_part
 from samq.files import sha256_of
 from samq.tools.outdir import OutputDir
 
@@ -88,7 +91,7 @@ def test_the_report_has_every_promised_figure(finished: tuple[Path, Answer]) -> 
 def test_json_answers_one_object_and_logs_go_to_stderr(finished: tuple[Path, Answer]) -> None:
     answer = finished[1]
     assert isinstance(answer.json, dict)
-    assert "quantize, 2 images" in answer.err
+    assert "on 2 images" in answer.err
     assert "\x1b" not in answer.err  # no bars and no colours where there is no terminal
 
 
@@ -138,34 +141,51 @@ def test_static_shapes_go_through_all_stages(finished: tuple[Path, Answer], inpu
     )
 
 
-def test_what_the_runtime_makes_of_the_canonical_graph_is_flagged(inputs: Inputs, tmp_path: Path) -> None:
-    """Weights-only Q/DQ whose activations ONNX Runtime silently quantizes: requested and executed must differ."""
+def test_what_the_runtime_makes_of_the_canonical_graph_is_flagged(
+    finished: tuple[Path, Answer], tmp_path: Path
+) -> None:
+    """Q/DQ for one scale a token, which ONNX Runtime silently runs in FP32: requested and executed must differ."""
     out = tmp_path / "out"
-    weights_only = ["--model-path", inputs.checkpoint, "--config", "int4_w4only_rtn", "--output-dir", out]
-    assert samq("run", *weights_only, "--quiet").code == 0
-    assert samq("validate", "--output-dir", out, "--json").json["disagreements"] == []
+    shutil.copytree(finished[0], out)
     directory, folder = OutputDir.open(out), out / "engines" / "onnxruntime"
+    recipe = recipe_of("int4_w4a8_rtn", ipts={"mode": "dynamic", "granularity": "per_token"})
     found = {}
     for part in PARTS:
-        shutil.copy(out / "onnx" / f"{part}.onnx", folder)
+        save_part(canonical(recipe, part), folder / f"{part}.onnx")
         found |= {name: vars(executed) for name, executed in executed_layers(folder / f"{part}.onnx").items()}
     (folder / "executed.json").write_text(json.dumps(found))
     directory.record("build", folder.iterdir(), 0.0, options={"engine": "onnxruntime"})
-    answer = samq("validate", "--output-dir", out, "--json")
-    report = answer.json
-    assert len(report["disagreements"]) == report["size"]["quantized_layers"] == 23
-    assert {layer["executed"] for layer in report["layers"] if layer["name"] in report["disagreements"]} == {
-        "INT4 weights, INT8 arithmetic (MatMulNBits)"
-    }
+    report = samq("validate", "--output-dir", out, "--json").json
+    flagged = [layer for layer in report["layers"] if layer["name"] in report["disagreements"]]
+    assert len(flagged) == report["size"]["quantized_layers"] == 23
+    assert {layer["requested"] for layer in flagged} == {"W4A8: INT8 GEMM"}
+    assert {layer["executed"] for layer in flagged} == {"FP32 GEMM (MatMul)"}
     text = (out / "report" / "report.md").read_text()
     assert "23 layers do not execute what was requested" in text
     assert text.count("⚠") == 23
-    lacks = " ".join(report["lacks"])  # this job had no images at all
-    assert "accuracy" in lacks
-    assert "SQNR" in lacks
-    assert report["accuracy"]["miou_baseline"] is None
+
+
+def test_without_images_the_report_says_what_it_lacks(
+    finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path
+) -> None:
+    """As of a job whose calibration images were too few to set some aside."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (tmp_path / "few").mkdir()
+    shutil.copy(inputs.photos / "0.png", tmp_path / "few")
+    directory = OutputDir.open(out)
+    directory.job |= {"eval_data": None, "calib_data": str(tmp_path / "few")}
+    directory.save()
+    answer = samq("validate", "--output-dir", out, "--json")
+    assert answer.code == 0, answer.err
+    report = answer.json
+    lacks = " ".join(report["lacks"])
+    assert all(words in lacks for words in ("accuracy", "SQNR", "too small", "--eval-data"))
+    assert {report["accuracy"][key] for key in ("miou_baseline", "miou_relative", "agreement_iou")} == {None}
+    assert {layer["sqnr_db"] for layer in report["layers"]} == {None}
     assert report["latency"]["speedup"] > 0
-    assert "Lacks accuracy" in text
+    assert "Lacks accuracy" in (out / "report" / "report.md").read_text()
+    refused(samq("validate", "--output-dir", out, "--min-relative-miou", 0.5), 2, "too small")
 
 
 @pytest.mark.parametrize(
