@@ -31,7 +31,9 @@ from samq.calib.images import (
 )
 from samq.errors import BadInput, UsageError
 
-__all__ = ["DatasetSource", "ImageSource", "Sample", "open_source", "split", "take"]
+__all__ = ["DatasetSource", "ImageSource", "Sample", "absolute", "open_source", "split", "take"]
+
+FINGERPRINTED = 16  # items of a dataset; reading all of them would take as long as using them
 
 
 def open_source(spec: str | Path) -> ImageSource:
@@ -59,6 +61,17 @@ def open_source(spec: str | Path) -> ImageSource:
     raise BadInput(
         f"'{spec}': no such folder or file; give a folder of images, a COCO .json file, or module:factory of a dataset"
     )
+
+
+def absolute(spec: str) -> str:
+    """What `open_source` takes, with its paths in full, so that it means the same from any directory."""
+    if os.path.exists(os.path.expanduser(spec)):
+        return os.path.abspath(os.path.expanduser(spec))
+    for colon in re.finditer(":", spec):
+        annotations, folder = spec[: colon.start()], spec[colon.end() :]
+        if annotations.lower().endswith(".json") and os.path.isfile(os.path.expanduser(annotations)):
+            return ":".join(os.path.abspath(os.path.expanduser(path)) for path in (annotations, folder))
+    return spec
 
 
 def take(source: ImageSource, count: int | None, seed: int = 0) -> Iterator[Sample]:
@@ -204,9 +217,9 @@ class DatasetSource:
             raise BadInput(f"{name}: {error}") from error
 
     def fingerprint(self) -> str:
-        """Over the name, the length, and the first and last image."""
+        """Over the name, the length, and some evenly spaced images."""
         digest = hashlib.sha256(f"{self._spec} {self._length}".encode())
-        for index in (0, self._length - 1):
+        for index in sorted({round(i) for i in np.linspace(0, self._length - 1, FINGERPRINTED)}):
             try:
                 digest.update(self[index].image.tobytes())
             except BadInput as error:

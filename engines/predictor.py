@@ -12,6 +12,7 @@ from samq.engines.base import Arrays, Engine
 from samq.errors import UsageError
 
 PADDING = -10  # label of a point that fills up a prompt
+MOST_PROMPTS_AT_ONCE = 16  # at 1024×1024 a prompt takes tens of megabytes while it is decoded
 SINGLE, MULTI = 0, 1  # index of the single mask, and of the first multimask one
 
 
@@ -56,7 +57,7 @@ class Predictor:
         labels: NDArray[np.int64],
         masks: NDArray[np.float32] | None = None,
     ) -> Predictions:
-        """Answer P prompts; a decoder of static shape gets as many at a time as it takes, filled up with padding.
+        """Answer P prompts, a few at a time; a decoder of static shape gets as many as it takes, filled up.
 
         Args:
             features: from `encode`.
@@ -70,7 +71,7 @@ class Predictor:
         _, prompts, points, _ = self.decoder.shapes["point_coords"]
         if isinstance(points, int):
             coords, labels = _padded(coords, labels, points)
-        at_once = prompts if isinstance(prompts, int) else max(1, len(coords))
+        at_once = prompts if isinstance(prompts, int) else MOST_PROMPTS_AT_ONCE
         answers = []
         for start in range(0, max(1, len(coords)), at_once):
             chunk = slice(start, start + at_once)

@@ -57,9 +57,13 @@ class Writer:
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """Register a constant tensor with the graph; an equal name is reused."""
+    """Register a constant tensor with the graph.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
     if name in graph.initializers:
-        return graph.initializers[name]
+        raise ValueError(f"there is an initializer called {name} already")
     tensor = ir.Tensor(np.ascontiguousarray(array) if array.ndim else array, name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.register_initializer(value)

@@ -166,7 +166,6 @@ def _shell_of(model: Sam2Model) -> Sam2Model:
     for name, module in list(shell.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinear):
             replace_module(shell, name, _Site(name, module))
-    shell.cpu()
     return shell
 
 

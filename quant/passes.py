@@ -182,7 +182,7 @@ class Quantize(Pass):
     def _quantize_weight(
         self, weight: Tensor, plan: LayerPlan, statistics: InputStatistics | None, notes: LayerNotes
     ) -> tuple[LowRank | None, QuantizedWeight]:
-        hessian = None if statistics is None else statistics.hessian
+        hessian = None if statistics is None or HESSIAN not in self.needs else statistics.hessian
         if self.recipe.wgts.kernel_gptq is not None and (hessian is None or not hessian.any()):
             notes.remark("no calibration input reached this layer: rounded to nearest")
             hessian = None

@@ -1,8 +1,8 @@
 """Choosing scales: a search over clipping ratios for the least (weighted) squared error.
 
 For each group the largest magnitude is shrunk by a few ratios and the one with the least Σ hₖ (wₖ − ŵₖ)² is kept
-(the MSE range search of Nagel et al., arXiv 2106.08295, section 2.3.1), where h is the diagonal of the Hessian when
-calibration data was seen, and one otherwise.
+(the MSE range search of Nagel et al., arXiv 2106.08295, section 2.3.1), where h is the diagonal of the Hessian for
+methods that look at one, and one otherwise.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ runs the main job for each preset on the 500 held-out scenes and prints one tabl
     relative mIoU    quantized / FP32, both through ONNX Runtime, by prompt kind
     layers           bytes of the quantized layers against FP16
     GPTQ ≤ RTN       share of layers whose output error ‖(W − Ŵ) X‖² GPTQ leaves no larger than rounding does
-Speed is in the reports and in `docs/benchmarks.md`, not here: accuracy does not depend on the machine's load.
+Speed is in each job's report, not here: accuracy does not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def main() -> None:
 
 def _measure(preset: str, scenes: int) -> dict[str, Any]:
     recipe = recipe_of(preset, None)
-    job = Job(str(CHECKPOINT), calib_data=str(IMAGES), num_eval_samples=scenes)
+    job = Job.of(recipe, model=str(CHECKPOINT), calib_data=str(IMAGES), num_eval_samples=scenes)
     checkpoint, data = load(job), open_data(job, recipe)
     with tempfile.TemporaryDirectory() as folder:
         out = claim(Path(folder), job, recipe, checkpoint, data, force=False)
-        report = run_stages(out, job, recipe, STAGES, (None, None), Reporter(quiet=True), checkpoint, data)
+        report = run_stages(out, job, recipe, STAGES, (None, None), Reporter(quiet=True), data, checkpoint)
     by_kind = report["accuracy"]["by_kind"]
     return {
         "preset": preset,

@@ -17,7 +17,7 @@ import click
 from samq import __version__
 from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageError
 
-PARTS = ("image_encoder", "mask_decoder")
+PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
 DEFAULT_CONFIG = "int4_svdquant"
 INTERRUPTED = 130
 
@@ -51,8 +51,9 @@ def _parse_parts(context: click.Context, parameter: click.Parameter, value: str)
 
 
 _output = click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Directory of the results.")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, messages on stderr.")
 _talk = _options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, messages on stderr."),
+    _json,
     click.option("--quiet", is_flag=True, help="No messages but errors."),
 )
 _device = click.option(
@@ -74,6 +75,7 @@ _what = _options(
         callback=_parse_parts,
         help="Parts to quantize; the others stay float.",
     ),
+    click.option("--image-size", type=click.IntRange(32), help="Side of the input in pixels.  [default: the model's]"),
     click.option("--force", is_flag=True, help="Overwrite another job's results in the output directory."),
     click.option("--dry-run", is_flag=True, help="Print what each layer will become, and write nothing."),
     _device,
@@ -88,7 +90,6 @@ _model = _options(
         "--calib-data",
         help="Calibration images: a folder, a COCO .json file, or module:factory of a torch Dataset.",
     ),
-    click.option("--image-size", type=click.IntRange(32), help="Side of the input in pixels.  [default: the model's]"),
     click.option("--allow-pickle", is_flag=True, help="Accept a pickled checkpoint (read with weights_only)."),
 )
 _static = click.option(
@@ -100,7 +101,7 @@ _gates = _options(
 )
 _evaluation = _options(
     click.option("--eval-data", help="Evaluation images: a folder, a COCO .json file, or module:factory."),
-    click.option("--num-eval-samples", type=click.IntRange(1), default=32, show_default=True),
+    click.option("--num-eval-samples", type=click.IntRange(1), help="Images to evaluate on.  [default: 32]"),
 )
 
 
@@ -156,9 +157,7 @@ def demo(**options: Any) -> None:
     """`run` on the demo model that is shipped with samq."""
     from samq.tools.demo.dataset import CHECKPOINT, IMAGES
 
-    _whole_job(
-        {**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES), "image_size": None, "allow_pickle": False}
-    )
+    _whole_job({**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES)})
 
 
 @cli.command()
@@ -196,12 +195,15 @@ def build(**options: Any) -> None:
 @_talk
 def validate(**options: Any) -> None:
     """Engine against baseline: accuracy, size, speed, and what was executed."""
-    _go_on(options, "validate", eval_data=options["eval_data"], num_eval_samples=options["num_eval_samples"])
+    from samq.calib.sources import absolute
+
+    eval_data = None if options["eval_data"] is None else absolute(options["eval_data"])
+    _go_on(options, "validate", eval_data=eval_data, num_eval_samples=options["num_eval_samples"])
 
 
 @cli.command()
-@_talk
-def doctor(as_json: bool, quiet: bool) -> None:
+@_json
+def doctor(as_json: bool) -> None:
     """What this machine can do, and what its engines would execute."""
     from samq.tools.doctor import as_text, examine
 
@@ -215,33 +217,28 @@ def _whole_job(options: dict[str, Any]) -> None:
 
 def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     """Claim the output directory for a new job, or find it again, and run its stages."""
+    from samq.tools.gates import check_gates_can_be_told
     from samq.tools.job import FIELDS, Job, open_data
     from samq.tools.plan_table import plan_as_json, print_plan
     from samq.tools.progress import Reporter
-    from samq.tools.stages import check_gates_can_be_told, claim, load, recipe_of, run_stages
+    from samq.tools.stages import claim, load, recipe_of, run_stages
 
     reporter = Reporter(options["quiet"])
     recipe = recipe_of(options["config"], options["num_calib_samples"])
-    model = _where_it_is(options["model_path"])
-    job = Job(model=model, **{key: options[key] for key in FIELDS if key in options})
-    checkpoint = load(job)
+    job = Job.of(recipe, model=options["model_path"], **{key: options.get(key) for key in FIELDS if key != "model"})
     if options["dry_run"]:
+        model = load(job).model
         if options["as_json"]:
-            _print_json(plan_as_json(checkpoint.model, recipe, job.parts))
+            _print_json(plan_as_json(model, recipe, job.parts))
         else:
-            print_plan(checkpoint.model, recipe, job.parts)
+            print_plan(model, recipe, job.parts)
         return
     data = open_data(job, recipe)
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
-    check_gates_can_be_told(data, gates[0])
+    check_gates_can_be_told(data, gates)
+    checkpoint = load(job)
     out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
-    _finish(options, run_stages(out, job, recipe, stages, gates, reporter, checkpoint, data))
-
-
-def _where_it_is(path: str) -> str:
-    """A local path in full, for later stages may be run from elsewhere; anything else as it is."""
-    local = Path(path).expanduser()
-    return str(local.resolve()) if local.exists() else path
+    _finish(options, run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint))
 
 
 def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
@@ -249,7 +246,7 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
     from dataclasses import replace
 
     from samq.quant.config import load_recipe
-    from samq.tools.job import Job
+    from samq.tools.job import Job, open_evaluation
     from samq.tools.outdir import OutputDir
     from samq.tools.progress import Reporter
     from samq.tools.stages import run_stages
@@ -259,12 +256,14 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
     job = replace(Job.from_json(out.job), **{key: value for key, value in changes.items() if value is not None})
     recipe = load_recipe(str(out.path / "config.yaml"))
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
-    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"])))
+    calibrated_on = out.stages["quantize"]["calibration_fingerprint"]
+    data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
+    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"]), data))
 
 
 def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
+    from samq.tools.gates import missed_gate
     from samq.tools.report import verdict
-    from samq.tools.stages import missed_gate
 
     missed = missed_gate(result)
     if options["as_json"]:

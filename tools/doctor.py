@@ -33,7 +33,7 @@ def examine() -> dict[str, Any]:
 def as_text(facts: dict[str, Any]) -> str:
     """The facts for a person."""
     lines = [f"{key:<22} {_shown(value)}" for key, value in facts.items() if key != "presets"]
-    lines += ["", "what engines execute for a quantized layer:"]
+    lines += ["", "what a quantized layer is lowered to (`validate` reads what the runtime makes of it):"]
     for name, engines in facts["presets"].items():
         lines += [f"  {name:<18} {engine}: {compute}" for engine, compute in engines.items()]
     return "\n".join(lines)
@@ -57,7 +57,10 @@ def _gpu() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):  # a driver that hangs is no GPU to count on
+        return []
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import samq
 from samq.calib.parts import PARTS
-from samq.calib.sources import ImageSource, open_source, split
+from samq.calib.sources import ImageSource, absolute, open_source, split
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
@@ -50,6 +50,21 @@ class Job:
     image_size: int | None = None
     static_shapes: bool = False
     allow_pickle: bool = False
+
+    @staticmethod
+    def of(recipe: Recipe, **fields: Any) -> Job:
+        """A job with its paths in full, for later stages may be run from elsewhere. Fields that are None are defaults.
+
+        Args:
+            recipe: its `calib.path` serves where no `calib_data` is given.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        given.setdefault("calib_data", recipe.calib.path)
+        for name in ("calib_data", "eval_data"):
+            if given.get(name) is not None:
+                given[name] = absolute(given[name])
+        model = Path(given["model"]).expanduser()
+        return Job(**(given | ({"model": str(model.resolve())} if model.exists() else {})))
 
     def as_json(self) -> dict[str, Any]:
         """The job as JSON values; `from_json` reads it back."""
@@ -101,22 +116,45 @@ def open_data(job: Job, recipe: Recipe) -> Data:
         UsageError: the recipe needs calibration images and none are given.
         BadInput: a source cannot be opened.
     """
-    given = job.calib_data or recipe.calib.path
-    if recipe.needs_calibration and given is None:
+    if recipe.needs_calibration and job.calib_data is None:
         raise UsageError("this config needs calibration images; give a folder of photos as --calib-data")
-    if given is None:
-        calibration, aside, origin = None, None, "none: give --eval-data"
-    else:
-        calibration, aside, origin = _shared(open_source(given), recipe, job)
+    calibration, aside, origin = None, None, "none: give --eval-data"
+    if job.calib_data is not None:
+        calibration, aside, origin = _divided(open_source(job.calib_data), recipe, job)
+    separate = _separate_evaluation(job)
+    return Data(calibration, aside, origin) if separate is None else replace(separate, calibration=calibration)
+
+
+def open_evaluation(job: Job, recipe: Recipe, calibrated_on: str | None) -> Data:
+    """The evaluation images of a job that was quantized before.
+
+    Args:
+        calibrated_on: fingerprint of the calibration images, from the manifest.
+
+    Raises:
+        BadInput: a source cannot be opened, or images were added or removed, so that no one can tell any more which of
+            them were calibrated on.
+    """
+    separate = _separate_evaluation(job)
+    if separate is not None:
+        return separate
+    data = open_data(job, recipe)
+    if data.calibration is not None and data.calibration.fingerprint() != calibrated_on:
+        raise BadInput(f"{job.calib_data} was changed since `quantize`; give --eval-data, or run again with --force")
+    return data
+
+
+def _separate_evaluation(job: Job) -> Data | None:
+    """Evaluation images that have nothing to do with the calibration images, where there are such."""
     if job.eval_data is not None:
         evaluation = open_source(job.eval_data)
-        return Data(calibration, evaluation, f"--eval-data: {evaluation.description}")
+        return Data(None, evaluation, f"--eval-data: {evaluation.description}")
     if job.is_demo:
-        return Data(calibration, open_source(HELD_OUT), "held-out scenes of the demo model")
-    return Data(calibration, aside, origin)
+        return Data(None, open_source(HELD_OUT), "held-out scenes of the demo model")
+    return None
 
 
-def _shared(source: ImageSource, recipe: Recipe, job: Job) -> tuple[ImageSource | None, ImageSource | None, str]:
+def _divided(source: ImageSource, recipe: Recipe, job: Job) -> tuple[ImageSource | None, ImageSource | None, str]:
     """Images of one source to calibrate on, others to evaluate on, and where the latter come from.
 
     The same whatever is evaluated on, so that `quantize` alone and `run` calibrate alike.

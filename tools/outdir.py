@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from samq.errors import BadInput, UsageError
-from samq.files import sha256_of, temporaries, write_json
+from samq.files import is_temporary, sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
 OURS = ("config.yaml", "weights", "onnx", "engines", "report", MANIFEST)  # the manifest goes last
@@ -74,9 +74,8 @@ class OutputDir:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; choose another --output-dir")
         if path.is_dir():
-            for leftover in list(temporaries(path)):
-                _remove(leftover)
             if (path / MANIFEST).is_file():
+                _remove_leftovers(path)
                 if not force:
                     earlier = OutputDir.open(path)
                     if earlier.fingerprint == fingerprint:
@@ -102,14 +101,15 @@ class OutputDir:
         )
 
     def require(self, stage: str) -> None:
-        """Insist that an earlier stage is done.
+        """Insist that a stage and those before it are done.
 
         Raises:
-            BadInput: it is not, or an artifact was changed since.
+            BadInput: one is not, or an artifact was changed since.
         """
-        if not self.done(stage):
-            state = "was changed or is missing a file" if stage in self.stages else "is not there yet"
-            raise BadInput(f"{self.path}: the result of `{stage}` {state}; run `samq-export {stage}` first")
+        for needed in STAGES[: STAGES.index(stage) + 1]:
+            if not self.done(needed):
+                state = "was changed or is missing a file" if needed in self.stages else "is not there yet"
+                raise BadInput(f"{self.path}: the result of `{needed}` {state}; run `samq-export {needed}` first")
 
     def record(self, stage: str, artifacts: Iterable[Path], seconds: float, **details: Any) -> None:
         """Note a finished stage in the manifest; later stages are no longer valid."""
@@ -122,6 +122,15 @@ class OutputDir:
     def save(self) -> None:
         """Write the manifest."""
         write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed writes of samq left, and nothing else."""
+    folders = [path / name for name in OURS if (path / name).is_dir()]
+    leftovers = [file for folder in folders for file in temporaries(folder)]
+    leftovers += [file for name in OURS for file in path.glob(f".{name}.*") if is_temporary(file)]
+    for file in leftovers:
+        _remove(file)
 
 
 def _remove(target: Path) -> None:

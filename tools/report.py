@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,35 @@ import transformers
 
 import samq
 from samq.calib.parts import PARTS
-from samq.quant.config import Recipe, load_recipe
+from samq.engines.base import Executed
+from samq.quant.config import Recipe
 from samq.tools.job import Data, Job
-from samq.tools.outdir import OutputDir
+from samq.tools.outdir import STAGES, OutputDir
 
 FLOAT = "float"
 
 
-def build_report(
-    out: OutputDir,
-    job: Job,
-    data: Data,
-    accuracy: dict[str, Any] | None,
-    latency: dict[str, Any],
-    sqnr: dict[str, float | None],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What `validate` measured.
+
+    Args:
+        accuracy: from `samq.tools.evaluate.summarize`, None without evaluation images.
+        latency: from `samq.tools.latency.measure_latency`, with the engine's name.
+        sqnr: layer → dB; empty without evaluation images.
+        executed: layer → what the runtime made of it.
+    """
+
+    accuracy: dict[str, Any] | None
+    latency: dict[str, Any]
+    sqnr: dict[str, float | None]
+    executed: dict[str, Executed]
+
+
+def build_report(out: OutputDir, job: Job, recipe: Recipe, data: Data, measured: Measured) -> dict[str, Any]:
     """Put together what the stages left in the output directory and what `validate` measured."""
-    recipe = load_recipe(str(out.path / "config.yaml"))
-    layers = _layers(out, job, recipe, sqnr)
+    accuracy = measured.accuracy
+    layers = _layers(out, recipe, measured)
     quantized = [layer for layer in layers if layer["requested"] != FLOAT]
     lacks = [] if accuracy is not None else [f"accuracy and SQNR: no evaluation images ({data.origin})"]
     if accuracy is not None and accuracy["miou_baseline"] is None:
@@ -49,13 +61,14 @@ def build_report(
         "gates": [],
         "accuracy": accuracy or dict.fromkeys(_ACCURACY_KEYS),
         "size": _sizes(out, job, quantized),
-        "latency": latency,
+        "latency": measured.latency,
         "layers": layers,
         "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
         "evaluation_data": data.origin,
+        "evaluation_unreadable": [] if data.evaluation is None else data.evaluation.unreadable,
         "calibration": {key: out.stages["quantize"][key] for key in ("calibration", "unreadable")},
         "lacks": lacks,
-        "seconds": {stage: entry["seconds"] for stage, entry in out.stages.items()},
+        "seconds": {stage: out.stages[stage]["seconds"] for stage in STAGES if stage in out.stages},
         "environment": environment(),
     }
 
@@ -100,23 +113,22 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _layers(out: OutputDir, job: Job, recipe: Recipe, sqnr: dict[str, float | None]) -> list[dict[str, Any]]:
+def _layers(out: OutputDir, recipe: Recipe, measured: Measured) -> list[dict[str, Any]]:
     table = json.loads((out.path / "weights" / "layers.json").read_text(encoding="utf-8"))
-    executed = json.loads((out.path / "engines" / job.engine / "executed.json").read_text(encoding="utf-8"))
     compute = requested_compute(recipe)
     layers = []
     for row in table:
-        found = executed.get(row["name"])
+        found, decibels = measured.executed.get(row["name"]), measured.sqnr.get(row["name"])
         floating = row["skip"] is not None
-        executes = "float" if found is None else f"{found['compute']} ({found['operator']})"
+        executes = FLOAT if found is None else f"{found.compute} ({found.operator})"
         layers.append(
             {
                 "name": row["name"],
                 "part": row["part"],
                 "requested": FLOAT if floating else f"{row['requested']}: {compute}",
                 "executed": "unknown" if found is None and not floating else executes,
-                "agrees": floating or (found is not None and found["compute"] == compute),
-                "sqnr_db": None if sqnr.get(row["name"]) is None else round(float(sqnr[row["name"]] or 0), 2),
+                "agrees": floating or (found is not None and found.compute == compute),
+                "sqnr_db": None if decibels is None else round(decibels, 2),
                 "group_size": None if floating else row["group_size"],
                 "rank": None if floating else row["rank"],
                 "skipped_because": row["skip"],
@@ -261,6 +273,7 @@ def _environment_section(report: dict[str, Any]) -> str:
     calibration = report["calibration"]
     lines = [
         f"Calibration: {calibration['calibration'] or 'none needed'}; unreadable: {len(calibration['unreadable'])}.",
+        f"Unreadable evaluation images: {len(report['evaluation_unreadable'])}.",
         f"Stages: {', '.join(seconds)}.",
         f"Made by samq {report['samq']} on {', '.join(facts)}.",
     ]

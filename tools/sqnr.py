@@ -18,7 +18,7 @@ from samq.calib.parts import MASK_DECODER, ImageEncoder, MaskDecoder, part_of
 from samq.calib.prompting import clicks, grid
 from samq.tools.metrics import sqnr_db
 
-ROWS = 4096  # of each layer's output that are compared; bounds the memory
+ROWS = 256  # of each layer's output that are compared: all layers of both models are held at once
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def layer_sqnr(
     for batch in batches:
         exact, rounded = (_outputs(model, layers, batch, prompted) for model in (baseline, quantized))
         for name in exact:
-            signal[name] += float(exact[name].square().sum())
-            noise[name] += float((exact[name] - rounded[name]).square().sum())
+            signal[name] += float(exact[name].double().square().sum())
+            noise[name] += float((exact[name] - rounded[name]).double().square().sum())
     return {name: sqnr_db(signal[name], noise[name]) for name in layers}
 
 
@@ -61,6 +61,6 @@ def _keeping(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[T
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         rows = output.reshape(-1, output.shape[-1])
         stride = max(1, rows.shape[0] // ROWS)
-        kept[name] = rows[::stride].double()
+        kept[name] = rows[::stride][:ROWS].clone()
 
     return hook

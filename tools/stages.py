@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from transformers import Sam2Model
 from samq.calib.checkpoint import Checkpoint, load_checkpoint
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
 from samq.calib.processor import SamProcessor
-from samq.calib.prompting import boxes
-from samq.calib.sources import take
+from samq.calib.sources import ImageSource, take
 from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
-from samq.engines.predictor import Predictor, prompt_feeds
-from samq.errors import AccuracyGateMissed, BadInput, SpeedGateMissed, UsageError
+from samq.engines.predictor import Predictor
+from samq.errors import BadInput, MachineLacks
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import StaticShape, trace
@@ -33,14 +31,14 @@ from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
 from samq.tools.evaluate import as_json, evaluate, summarize
-from samq.tools.job import Data, Job, fingerprint, open_data
-from samq.tools.latency import alternate
+from samq.tools.gates import Gates, check_gates_can_be_told, judge
+from samq.tools.job import Data, Job, fingerprint
+from samq.tools.latency import measure_latency
 from samq.tools.outdir import OutputDir
 from samq.tools.progress import Reporter
-from samq.tools.report import build_report, to_markdown
+from samq.tools.report import Measured, build_report, to_markdown
 from samq.tools.sqnr import layer_sqnr
 
-LATENCY_SECONDS = 10.0
 SQNR_IMAGES = 4
 
 
@@ -64,25 +62,46 @@ def run_stages(
     job: Job,
     recipe: Recipe,
     stages: Sequence[str],
-    gates: tuple[float | None, float | None],
+    gates: Gates,
     reporter: Reporter,
-    checkpoint: Checkpoint | None = None,
     data: Data | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Run stages in order, leaving out those whose results are there already; `validate` always runs.
 
     Args:
-        gates: least relative mIoU and least speedup, or None.
-        checkpoint, data: for "quantize".
+        data: for "quantize" and "validate".
+        checkpoint: for "quantize".
 
     Returns:
         the report when the last stage is `validate`, else {"stages": those run or found}.
+
+    Raises:
+        MachineLacks: out of memory.
     """
+    try:
+        return _run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        remedy = "a smaller calib.batch_size or --image-size" + (", or --device cpu" if job.device == "cuda" else "")
+        raise MachineLacks(f"out of memory; use {remedy}") from error
+
+
+def _run_stages(
+    out: OutputDir,
+    job: Job,
+    recipe: Recipe,
+    stages: Sequence[str],
+    gates: Gates,
+    reporter: Reporter,
+    data: Data | None,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
     out.job = job.as_json()
     report: dict[str, Any] = {}
     for stage in stages:
         if stage == "validate":
-            report = run_validate(out, job, reporter, *gates)
+            assert data is not None
+            report = run_validate(out, job, recipe, data, gates, reporter)
         elif out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
             reporter.say(f"{stage}: done before, nothing changed")
         elif stage == "quantize":
@@ -117,8 +136,8 @@ def run_quantize(
     """Checkpoint and images → `weights/` and `config.yaml`."""
     started = time.perf_counter()
     torch.manual_seed(job.seed)
-    unreadable: list[str] = []
-    quantized = _quantize(job, recipe, checkpoint, data, reporter, unreadable)
+    seen: list[str] = []
+    quantized = _quantize(job, recipe, checkpoint, data, reporter, seen)
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
     paths.append(quantized.folds.save(weights))
@@ -126,46 +145,57 @@ def run_quantize(
     write_json(layers, _layer_table(quantized, recipe))
     write_text(out.path / "config.yaml", recipe.to_yaml())
     _copy_processor(checkpoint.directory, weights, paths)
-    calibrated_on = None if data.calibration is None else data.calibration.description
+    source = data.calibration
     out.record(
         "quantize",
         [*paths, layers, out.path / "config.yaml"],
         time.perf_counter() - started,
         options=_options_of("quantize", job),
-        calibration=calibrated_on,
-        unreadable=unreadable,
         checkpoint=checkpoint.fingerprint,
+        calibration=None if source is None else f"{len(seen)} images of {source.description}",
+        calibration_fingerprint=None if source is None else source.fingerprint(),
+        unreadable=[] if source is None else source.unreadable,
     )
 
 
 def _quantize(
-    job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, unreadable: list[str]
+    job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, seen: list[str]
 ) -> Quantized:
+    """The quantized model; the names of the images that it was calibrated on go to `seen`."""
     layers = sum(plan.skip is None for plan in make_plan(checkpoint.model, recipe, job.parts))
     if data.calibration is None:
         with reporter.track(f"quantize {layers} layers", layers) as step:
             return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
-    count = min(recipe.calib.num_samples, len(data.calibration))
-    expected = -(-count // recipe.calib.batch_size)
-    batches = _batches(data, checkpoint.processor, count, recipe.calib.batch_size, job.seed)
-    with reporter.track(f"quantize {layers} layers on {count} images", expected + layers) as step:
+    asked = recipe.calib.num_samples
+    count = min(asked, len(data.calibration))
+    batches = _batches(data.calibration, checkpoint.processor, count, recipe.calib.batch_size, job.seed, seen)
+    steps = -(-count // recipe.calib.batch_size) + layers
+    with reporter.track(f"quantize {layers} layers on {count} images", steps) as step:
         result = quantize(checkpoint.model, recipe, batches, job.parts, lambda _: step())
-    unreadable.extend(data.calibration.unreadable)
-    for line in unreadable:
-        reporter.warn(f"skipped an unreadable image: {line}")
+    warn_of_unreadable(data.calibration, reporter)
+    if len(seen) < asked:
+        reporter.warn(f"calibrated on {len(seen)} images; {asked} were asked for")
     return result
 
 
-def _batches(data: Data, processor: SamProcessor, count: int, size: int, seed: int) -> Iterator[Tensor]:
-    assert data.calibration is not None
+def _batches(
+    source: ImageSource, processor: SamProcessor, count: int, size: int, seed: int, seen: list[str]
+) -> Iterator[Tensor]:
     held: list[Tensor] = []
-    for sample in take(data.calibration, count, seed):
+    for sample in take(source, count, seed):
+        seen.append(sample.name)
         held.append(torch.from_numpy(processor(sample.image).pixel_values))
         if len(held) == size:
             yield torch.stack(held)
             held = []
     if held:
         yield torch.stack(held)
+
+
+def warn_of_unreadable(source: ImageSource, reporter: Reporter) -> None:
+    """Name every image that could not be read."""
+    for line in source.unreadable:
+        reporter.warn(f"skipped an unreadable image: {line}")
 
 
 def _layer_table(quantized: Quantized, recipe: Recipe) -> list[dict[str, Any]]:
@@ -227,21 +257,17 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
     started = time.perf_counter()
     folder = out.path / "engines" / job.engine
     paths: list[Path] = []
-    executed: dict[str, Any] = {}
     with reporter.track("build", len(PARTS)) as step:
         for part in PARTS:
             lowered = lower_for_onnxruntime(ir.load(out.path / "onnx" / f"{part}.onnx"))
-            written = save_part(lowered, folder / f"{part}.onnx")
-            paths += written
-            executed |= {name: asdict(found) for name, found in executed_layers(written[0]).items()}
+            paths += save_part(lowered, folder / f"{part}.onnx")
+            OnnxRuntimeEngine(folder / f"{part}.onnx")
             step()
-    table = folder / "executed.json"
-    write_json(table, executed)
-    out.record("build", [*paths, table], time.perf_counter() - started, options=_options_of("build", job))
+    out.record("build", paths, time.perf_counter() - started, options=_options_of("build", job))
 
 
 def run_validate(
-    out: OutputDir, job: Job, reporter: Reporter, min_relative_miou: float | None, min_speedup: float | None
+    out: OutputDir, job: Job, recipe: Recipe, data: Data, gates: Gates, reporter: Reporter
 ) -> dict[str, Any]:
     """Engines and evaluation images → `report/`; returns the report, whose `gates` say which of them were missed.
 
@@ -250,26 +276,27 @@ def run_validate(
     """
     out.require("build")
     started = time.perf_counter()
-    recipe = load_recipe(str(out.path / "config.yaml"))
-    data = open_data(job, recipe)
-    check_gates_can_be_told(data, min_relative_miou)
+    check_gates_can_be_told(data, gates)
     folder = out.path / "engines" / job.engine
-    baseline = _predictor(out.path / "onnx" / "fp32")
-    quantized = _predictor(folder)
-    processor = SamProcessor.from_checkpoint(out.path / "weights", _image_size(baseline))
+    baseline, quantized = _predictor(out.path / "onnx" / "fp32"), _predictor(folder)
+    image_size = int(baseline.encoder.shapes["pixel_values"][-1])
+    processor = SamProcessor.from_checkpoint(out.path / "weights", image_size)
     records, accuracy, sqnr = [], None, {}
     if data.evaluation is not None:
         count = min(job.num_eval_samples, len(data.evaluation))
         with reporter.track(f"evaluate, {count} images", count) as step:
             samples = take(data.evaluation, count, job.seed)
             records = evaluate(baseline, quantized, samples, processor, step)
+        warn_of_unreadable(data.evaluation, reporter)
         accuracy = summarize(records)
-        sqnr = _sqnr(out, job, data, processor, reporter)
+        sqnr = _sqnr(out, job, data.evaluation, processor, reporter)
     with reporter.track("latency", None):
-        latency = {"engine": job.engine, **_latency(baseline, quantized)}
-    report = build_report(out, job, data, accuracy, latency, sqnr)
+        latency = {"engine": job.engine, **measure_latency(baseline, quantized, image_size)}
+    executed = {k: v for part in PARTS for k, v in executed_layers(folder / f"{part}.onnx").items()}
+    report = build_report(out, job, recipe, data, Measured(accuracy, latency, sqnr, executed))
+    report["gates"] = judge(report, gates)
+    report["seconds"]["validate"] = round(time.perf_counter() - started, 3)
     write_json(out.path / "report" / "prompts.json", as_json(records))
-    report["gates"] = _gates(report, min_relative_miou, min_speedup)
     write_json(out.path / "report" / "report.json", report)
     write_text(out.path / "report" / "report.md", to_markdown(report))
     names = ("prompts.json", "report.json", "report.md")
@@ -277,32 +304,19 @@ def run_validate(
     return report
 
 
-def check_gates_can_be_told(data: Data, min_relative_miou: float | None) -> None:
-    """Refuse an accuracy gate without evaluation images.
-
-    Raises:
-        UsageError: there are none.
-    """
-    if min_relative_miou is not None and data.evaluation is None:
-        raise UsageError(f"--min-relative-miou cannot be checked without images: evaluation data is {data.origin}")
-
-
 def _predictor(folder: Path) -> Predictor:
     encoder, decoder = (OnnxRuntimeEngine(folder / f"{part}.onnx") for part in (IMAGE_ENCODER, MASK_DECODER))
     return Predictor(encoder, decoder)
 
 
-def _image_size(predictor: Predictor) -> int:
-    return int(predictor.encoder.shapes["pixel_values"][-1])
-
-
-def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporter: Reporter) -> dict[str, float | None]:
-    assert data.evaluation is not None
+def _sqnr(
+    out: OutputDir, job: Job, source: ImageSource, processor: SamProcessor, reporter: Reporter
+) -> dict[str, float | None]:
     baseline = _baseline(out, job)
     Folds.load(out.path / "weights").apply(baseline)
     model, codes = load_quantized(out.path / "weights")
     with reporter.track("SQNR", SQNR_IMAGES) as step:
-        samples = take(data.evaluation, min(SQNR_IMAGES, len(data.evaluation)), job.seed)
+        samples = take(source, min(SQNR_IMAGES, len(source)), job.seed)
 
         def batches() -> Iterator[Tensor]:
             for sample in samples:
@@ -310,60 +324,3 @@ def _sqnr(out: OutputDir, job: Job, data: Data, processor: SamProcessor, reporte
                 step()
 
         return layer_sqnr(baseline, model, list(codes), batches())
-
-
-def _latency(baseline: Predictor, quantized: Predictor) -> dict[str, Any]:
-    """Encoder and decoder (one box) apart, and together as one image with one prompt."""
-    size = _image_size(baseline)
-    noise = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
-    pixels = {"pixel_values": noise}
-    features = [predictor.encode(noise[0]) for predictor in (baseline, quantized)]
-    prompt = boxes(np.array([[0.25, 0.25, 0.75, 0.75]], np.float32) * size)
-    prompted = [{**seen, **prompt_feeds(seen, prompt.coords, prompt.labels)} for seen in features]
-    encoder = alternate(baseline.encoder, quantized.encoder, (pixels, pixels), LATENCY_SECONDS)
-    decoder = alternate(baseline.decoder, quantized.decoder, (prompted[0], prompted[1]), LATENCY_SECONDS / 4)
-    before, after = (encoder[key] + decoder[key] for key in ("baseline_ms", "quantized_ms"))
-    return {
-        "baseline_ms": round(before, 3),
-        "quantized_ms": round(after, 3),
-        "speedup": round(before / after, 4),
-        "baseline": "FP32, the same runtime",
-        IMAGE_ENCODER: encoder,
-        MASK_DECODER: decoder,
-    }
-
-
-ACCURACY_GATE, SPEED_GATE = "--min-relative-miou", "--min-speedup"
-
-
-def _gates(report: dict[str, Any], min_relative_miou: float | None, min_speedup: float | None) -> list[dict[str, Any]]:
-    """What was asked for and what was reached, accuracy first."""
-    gates = []
-    if min_relative_miou is not None:
-        accuracy = report["accuracy"]
-        truth = accuracy["miou_baseline"] is not None
-        measure = "relative mIoU" if truth else "agreement with the baseline (no ground truth)"
-        reached = accuracy["miou_relative" if truth else "agreement_iou"]
-        gates.append((ACCURACY_GATE, measure, min_relative_miou, reached))
-    if min_speedup is not None:
-        gates.append((SPEED_GATE, "speedup", min_speedup, report["latency"]["speedup"]))
-    return [
-        {
-            "option": option,
-            "gate": measure,
-            "asked": asked,
-            "reached": reached,
-            "passed": reached is not None and reached >= asked,
-        }
-        for option, measure, asked, reached in gates
-    ]
-
-
-def missed_gate(report: dict[str, Any]) -> AccuracyGateMissed | SpeedGateMissed | None:
-    """The error to end with when a gate is missed, accuracy before speed."""
-    for gate in report.get("gates", ()):
-        if not gate["passed"]:
-            shown = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
-            message = f"{gate['gate']} is {shown}, below {gate['option']} {gate['asked']}"
-            return AccuracyGateMissed(message) if gate["option"] == ACCURACY_GATE else SpeedGateMissed(message)
-    return None

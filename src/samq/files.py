@@ -52,7 +52,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def temporaries(directory: Path) -> Iterator[Path]:
     """What a killed `written_whole` left in a directory and below it."""
-    return (path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name))
+    return (path for path in directory.rglob(".*") if is_temporary(path))
+
+
+def is_temporary(path: Path) -> bool:
+    """The name is one that `written_whole` gives to unfinished files."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _flush_directory(directory: Path) -> None:

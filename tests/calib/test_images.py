@@ -104,9 +104,7 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparency_lies_over_white(tmp_path: Path, mode: str) -> None:
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-    (clear.convert("LA") if mode == "LA" else clear.quantize(2) if mode == "PA" else clear).save(
-        tmp_path / "a.png"
-    )
+    (clear.convert("LA") if mode == "LA" else clear.quantize(2) if mode == "PA" else clear).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png", "a") == 255).all()
 
 

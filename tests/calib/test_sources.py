@@ -78,9 +78,7 @@ def test_take_holds_one_image_at_a_time(photos: Path) -> None:
 def test_take_with_nothing_readable(photos: Path) -> None:
     for path in photos.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(
-        BadInput, match=r"my photos \(10 images\): no readable image; the first: \d\.png: the"
-    ):
+    with pytest.raises(BadInput, match=r"my photos \(10 images\): no readable image; the first: \d\.png: the"):
         list(take(open_source(photos), 3))
 
 
@@ -205,8 +203,6 @@ def test_datasets_that_do_not_start(module: Path) -> None:
 @pytest.mark.parametrize("content", ["def broken(:\n", "raise RuntimeError('two\\nlines')", "exit(3)"])
 def test_modules_that_do_not_import(module: Path, content: str) -> None:
     module.write_text(content)
-    with pytest.raises(
-        BadInput, match=r"cannot be imported .*; try `python -c 'import user_data'`$"
-    ) as caught:
+    with pytest.raises(BadInput, match=r"cannot be imported .*; try `python -c 'import user_data'`$") as caught:
         open_source("user_data:make")
     assert "\n" not in str(caught.value)

@@ -85,18 +85,12 @@ def test_presets_are_the_documented_ones() -> None:
 
 
 def test_defaults_and_shorthands() -> None:
-    recipe = load(
-        SINT4 + "  kernel_gptq: {}\n  low_rank: {max_overhead: null}\nipts: null\nsmooth: {alpha: 1}\n"
-    )
+    recipe = load(SINT4 + "  kernel_gptq: {}\n  low_rank: {max_overhead: null}\nipts: null\nsmooth: {alpha: 1}\n")
     assert recipe == Recipe(
-        wgts=WeightsConfig(
-            dtype="sint4", kernel_gptq=GptqConfig(), low_rank=LowRankConfig(max_overhead=None)
-        ),
+        wgts=WeightsConfig(dtype="sint4", kernel_gptq=GptqConfig(), low_rank=LowRankConfig(max_overhead=None)),
         smooth=SmoothConfig(alpha=1.0),
     )
-    assert load(SINT4 + "ipts: {}\n").ipts == InputsConfig(
-        dtype="sint8", granularity="per_tensor", mode="static"
-    )
+    assert load(SINT4 + "ipts: {}\n").ipts == InputsConfig(dtype="sint8", granularity="per_tensor", mode="static")
 
 
 def test_to_yaml_has_every_key() -> None:
@@ -254,8 +248,7 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
         (
             SINT4 + "  kernel_gptq:\n    block_size: 0\n",
             4,
-            "wgts.kernel_gptq.block_size must be at least 1, not 0 "
-            "(columns rounded between two updates of the rest)",
+            "wgts.kernel_gptq.block_size must be at least 1, not 0 (columns rounded between two updates of the rest)",
         ),
         (
             SINT4 + "  kernel_gptq:\n    damp_percentage: 1\n",
@@ -294,8 +287,7 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             (
                 f"{SINT4}  group_shapes: [[1, {size}]]\nipts: {{}}\n",
                 3,
-                "wgts.group_shapes: n of [1, n] is -1 (per channel) or a positive multiple of 16, "
-                f"not {size}",
+                f"wgts.group_shapes: n of [1, n] is -1 (per channel) or a positive multiple of 16, not {size}",
             )
             for size in (0, -2, -16, 100)
         ),
@@ -323,14 +315,12 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
         (
             "wgts:\n  dtype: uint8\n  group_shapes: [[1, -1]]\nipts: {}\n",
             2,
-            "wgts.dtype: uint8 does not go with ipts, "
-            "for INT8 engines take symmetric weights only; use sint8",
+            "wgts.dtype: uint8 does not go with ipts, for INT8 engines take symmetric weights only; use sint8",
         ),
         (
             SINT4 + "ipts:\n  mode: static\n  granularity: per_token\n",
             5,
-            "ipts.granularity: per_token needs mode: dynamic, "
-            "for a token's scale is not known before it is there",
+            "ipts.granularity: per_token needs mode: dynamic, for a token's scale is not known before it is there",
         ),
         (
             SINT4 + "ipts:\n  dtype: uint8\n  mode: dynamic\n",

@@ -220,3 +220,12 @@ def test_a_broken_checkpoint_is_bad_input(small_model: Sam2Model, preset: str, r
 def test_no_image_is_bad_input(small_model: Sam2Model) -> None:
     with pytest.raises(BadInput, match="--calib-data"):
         quantize(small_model, recipe_of(), [])
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8_rtn", "int4_w4only_rtn", "int4_w4a8"])
+def test_measuring_changes_no_code(small_model: Sam2Model, preset: str) -> None:
+    recipe = load_recipe(preset)
+    plain, measured = (quantize(small_model, recipe, images(), measure=measure) for measure in (False, True))
+    for name, codes in plain.codes.items():
+        assert torch.equal(codes.effective_weight(), measured.codes[name].effective_weight()), name
+        assert measured.notes[name].output_error is not None

@@ -15,7 +15,7 @@ import pytest
 from exported import float_model
 from PIL import Image
 
-from samq.tools import cli, stages
+from samq.tools import cli, latency
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def refused(answer: Answer, code: int, *words: str) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_measurements() -> None:
-    stages.LATENCY_SECONDS = 0.2
+    latency.SECONDS.update(dict.fromkeys(latency.SECONDS, 0.2))
 
 
 @pytest.fixture(scope="session")

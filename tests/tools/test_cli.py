@@ -17,7 +17,7 @@ from exported import canonical
 from small_model import recipe_of
 
 from samq.calib.parts import PARTS
-from samq.engines.onnxruntime import executed_layers
+from samq.calib.sources import open_source
 from samq.export.parts import save_part
 from samq.files import sha256_of
 from samq.tools.outdir import OutputDir
@@ -149,11 +149,8 @@ def test_what_the_runtime_makes_of_the_canonical_graph_is_flagged(
     shutil.copytree(finished[0], out)
     directory, folder = OutputDir.open(out), out / "engines" / "onnxruntime"
     recipe = recipe_of("int4_w4a8_rtn", ipts={"mode": "dynamic", "granularity": "per_token"})
-    found = {}
     for part in PARTS:
         save_part(canonical(recipe, part), folder / f"{part}.onnx")
-        found |= {name: vars(executed) for name, executed in executed_layers(folder / f"{part}.onnx").items()}
-    (folder / "executed.json").write_text(json.dumps(found))
     directory.record("build", folder.iterdir(), 0.0, options={"engine": "onnxruntime"})
     report = samq("validate", "--output-dir", out, "--json").json
     flagged = [layer for layer in report["layers"] if layer["name"] in report["disagreements"]]
@@ -175,6 +172,7 @@ def test_without_images_the_report_says_what_it_lacks(
     shutil.copy(inputs.photos / "0.png", tmp_path / "few")
     directory = OutputDir.open(out)
     directory.job |= {"eval_data": None, "calib_data": str(tmp_path / "few")}
+    directory.stages["quantize"]["calibration_fingerprint"] = open_source(tmp_path / "few").fingerprint()
     directory.save()
     answer = samq("validate", "--output-dir", out, "--json")
     assert answer.code == 0, answer.err
@@ -186,6 +184,21 @@ def test_without_images_the_report_says_what_it_lacks(
     assert report["latency"]["speedup"] > 0
     assert "Lacks accuracy" in (out / "report" / "report.md").read_text()
     refused(samq("validate", "--output-dir", out, "--min-relative-miou", 0.5), 2, "too small")
+
+
+def test_calibration_images_that_changed_since_are_not_evaluated_on(
+    finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path
+) -> None:
+    """Which of them were set aside cannot be told any more."""
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    shutil.copytree(finished[0], out)
+    shutil.copytree(inputs.photos, photos)
+    directory = OutputDir.open(out)
+    directory.job |= {"eval_data": None, "calib_data": str(photos)}
+    directory.stages["quantize"]["calibration_fingerprint"] = open_source(photos).fingerprint()
+    directory.save()
+    shutil.copy(photos / "0.png", photos / "new.png")
+    refused(samq("validate", "--output-dir", out), 6, "changed since `quantize`", "--eval-data")
 
 
 @pytest.mark.parametrize(
@@ -290,9 +303,13 @@ REFUSALS = {
     "nothing to quantize": (f"{JOB} --config int4_w4only_rtn --parts mask_decoder", 2, "no layer"),
     "no calibration images": (JOB, 2, "--calib-data"),
     "no such images": (f"{JOB} --calib-data {NO_SUCH}", 6, NO_SUCH),
-    "no such checkpoint": (f"quantize --model-path {NO_SUCH} --output-dir {{out}}", 6, NO_SUCH),
-    "image size": (f"{JOB} --image-size 100", 2, "multiples of 32"),
-    "no GPU": (f"{JOB} --device cuda", 5, "--device cpu"),
+    "no such checkpoint": (
+        f"quantize --model-path {NO_SUCH} --output-dir {{out}} --config int4_w4only_rtn",
+        6,
+        NO_SUCH,
+    ),
+    "image size": (f"{JOB} --image-size 100 --config int4_w4only_rtn", 2, "multiples of 32"),
+    "no GPU": (f"{JOB} --device cuda --config int4_w4only_rtn", 5, "--device cpu"),
     "no output directory": ("export --output-dir {out}", 6, "quantize"),
     "output is a file": ("quantize --model-path {ck} --output-dir {file} --config int4_w4only_rtn", 2, "is a file"),
     "output is another's": (

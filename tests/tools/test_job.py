@@ -49,6 +49,21 @@ def test_a_later_validate_with_another_number_of_images_sees_no_calibration_imag
     assert not _names(later.evaluation) & calibrated
 
 
+def test_paths_mean_the_same_from_any_directory(photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos.parent / "coco.json").write_text("{}")
+    recipe = CALIBRATED
+    job = Job.of(recipe, model="m", calib_data=photos.name, eval_data=f"coco.json:{photos.name}", seed=None)
+    assert job == Job("m", calib_data=str(photos), eval_data=f"{photos.parent / 'coco.json'}:{photos}")
+    assert Job.of(recipe, model=".", eval_data="module:factory") == Job(str(photos.parent), eval_data="module:factory")
+
+
+def test_the_configs_own_path_serves_where_no_other_is_given(photos: Path) -> None:
+    recipe = recipe_of("int8_w8a8", calib={"path": str(photos)})
+    assert Job.of(recipe, model="m", calib_data=None).calib_data == str(photos)
+    assert Job.of(recipe, model="m", calib_data="other").calib_data == "other"
+
+
 def test_evaluation_data_changes_nothing_about_calibration(photos: Path) -> None:
     job = Job("m", calib_data=str(photos))
     data = open_data(replace(job, eval_data=str(photos)), CALIBRATED)

@@ -27,7 +27,7 @@ class Data:
         return 5
     def __getitem__(self, index):
         Data.seen += 1
-        if "DEADLY" in os.environ and Data.seen == 4:  # two for the fingerprint, then calibration
+        if "DEADLY" in os.environ and Data.seen == 7:  # five for the fingerprint, then calibration
             os.kill(os.getpid(), signal.SIGKILL)
         return np.full((40, 50, 3), 50 * index, np.uint8)
     seen = 0
@@ -103,6 +103,26 @@ def test_force_on_a_foreign_directory_removes_nothing(tmp_path: Path) -> None:
         OutputDir.claim(tmp_path, JOB, "f1", force=False)
     OutputDir.claim(tmp_path, JOB, "f1", force=True)
     assert all(path.read_text() == "mine" for path in foreign)
+
+
+def test_a_foreign_directory_is_not_touched(tmp_path: Path) -> None:
+    theirs = tmp_path / "weights" / ".download.iso.abcdefgh.part"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    with pytest.raises(UsageError, match="not samq's"):
+        OutputDir.claim(tmp_path, {}, "a", force=False)
+    assert theirs.read_text() == "theirs"
+
+
+def test_what_comes_before_a_stage_is_required_too(tmp_path: Path) -> None:
+    directory = OutputDir.claim(tmp_path, {}, "a", force=False)
+    for stage in ("quantize", "export", "build"):
+        write_text(tmp_path / stage, stage)
+        directory.record(stage, [tmp_path / stage], 0.0)
+    directory.require("build")
+    write_text(tmp_path / "export", "changed")
+    with pytest.raises(BadInput, match="`export` was changed"):
+        directory.require("build")
 
 
 def test_force_does_not_follow_links(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from samq.errors import AccuracyGateMissed, SpeedGateMissed
 from samq.quant.config import load_recipe
+from samq.tools.gates import judge, missed_gate
 from samq.tools.report import requested_compute
-from samq.tools.stages import _gates, missed_gate
 
 
 def _report(
@@ -32,7 +32,7 @@ def _report(
     ],
 )
 def test_gates(report: dict[str, Any], asked: tuple[Any, Any], expected: type[Exception] | None, words: str) -> None:
-    report["gates"] = _gates(report, *asked)
+    report["gates"] = judge(report, asked)
     missed = missed_gate(report)
     assert missed is None if expected is None else type(missed) is expected
     assert words in str(missed)
