@@ -155,9 +155,10 @@ def run(**options: Any) -> None:
 @_talk
 def demo(**options: Any) -> None:
     """`run` on the demo model that is shipped with samq."""
-    from samq.tools.demo.dataset import CHECKPOINT, IMAGES
+    from samq.tools.demo.dataset import CALIBRATION_IMAGES, CHECKPOINT, IMAGES
 
-    _whole_job({**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES)})
+    images = options["num_calib_samples"] or CALIBRATION_IMAGES
+    _whole_job({**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES), "num_calib_samples": images})
 
 
 @cli.command()
