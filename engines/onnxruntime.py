@@ -17,6 +17,9 @@ from samq.errors import BadInput, MachineLacks
 # Without VNNI, x64 kernels multiply u8 × s8 in saturating 16 bits unless told to be exact.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
+# The threads of an idle session spin and keep the cores from the others: encoder and decoder live side by side.
+NO_IDLE_SPINNING = ("session.force_spinning_stop", "1")
+
 _INT8 = "INT8 GEMM"
 _EXECUTED = {
     "MatMulIntegerToFloat": _INT8,
@@ -99,7 +102,8 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry(*EXACT_INT8)
+    for entry in (EXACT_INT8, NO_IDLE_SPINNING):
+        options.add_session_config_entry(*entry)
     return options
 
 
