@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.parts import ImageEncoder, MaskDecoder
-from samq.calib.prompting import Prompts, boxes, clicks, grid
-from samq.calib.prompts import box_of
+from samq.calib.prompts import Prompts, box_of, boxes, clicks, grid
 from samq.calib.statistics import InputStatistics, Recorder
 from samq.errors import BadInput
 

@@ -1,17 +1,54 @@
-"""The two prompts that a mask implies: its bounding box, and one click at its deepest point.
+"""Prompts: their encoding as points with labels, those that a mask implies, and a grid for images that bring none.
 
 Coordinates are SAM's: pixel indices, x before y; the model itself adds the half pixel to a pixel's centre.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped]
 
-Mask = npt.NDArray[np.bool_]
-Coordinates = npt.NDArray[np.float32]
+FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3
 
 
-def box_of(mask: Mask) -> Coordinates:
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts of N points each, for one image.
+
+    Args:
+        coords: [P, N, 2] float32 (x, y) in pixels of the model's input.
+        labels: [P, N] int64, see `samq.calib.parts`.
+    """
+
+    coords: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+
+def clicks(points: NDArray[np.float32]) -> Prompts:
+    """One foreground click each, from points [P, 2]."""
+    return Prompts(points[:, None].astype(np.float32), np.full((len(points), 1), FOREGROUND, dtype=np.int64))
+
+
+def boxes(corners: NDArray[np.float32]) -> Prompts:
+    """One box each, from corners [P, 4] (x1, y1, x2, y2)."""
+    labels = np.tile(np.array([TOP_LEFT, BOTTOM_RIGHT], dtype=np.int64), (len(corners), 1))
+    return Prompts(corners.reshape(-1, 2, 2).astype(np.float32), labels)
+
+
+def grid(image_size: int, per_side: int) -> NDArray[np.float32]:
+    """Points [per_side², 2] in the middle of equal squares of an image_size × image_size image."""
+    ticks = (np.arange(per_side, dtype=np.float32) + 0.5) * (image_size / per_side)
+    x, y = np.meshgrid(ticks, ticks)
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def box_of(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The smallest box that holds every pixel of a mask.
 
     Args:
@@ -29,7 +66,7 @@ def box_of(mask: Mask) -> Coordinates:
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
 
 
-def click_of(mask: Mask) -> Coordinates:
+def click_of(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The pixel of a mask that is farthest from everything outside it, the image's border included.
 
     Ties go to the first such pixel in row-major order.
@@ -52,7 +89,7 @@ def click_of(mask: Mask) -> Coordinates:
     return np.array([x + x1 - 1, y + y1 - 1], dtype=np.float32)
 
 
-def _require_pixels(mask: Mask) -> None:
+def _require_pixels(mask: NDArray[np.bool_]) -> None:
     if mask.ndim != 2:
         raise ValueError(f"a mask is [H, W]; got shape {mask.shape}. Pass one instance at a time.")
     if not mask.any():

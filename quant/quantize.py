@@ -12,7 +12,7 @@ from transformers import Sam2Model
 
 from samq.calib.calibrate import calibrate
 from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder, MaskDecoder
-from samq.calib.prompting import clicks, grid
+from samq.calib.prompts import clicks, grid
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe

@@ -63,8 +63,8 @@ def save_quantized(directory: Path, model: Sam2Model, codes: dict[str, LayerCode
     return path
 
 
-def load_quantized(directory: Path, device: str = "cpu") -> tuple[Sam2Model, dict[str, LayerCodes]]:
-    """The simulated model that `save_quantized` wrote, and its layers' codes.
+def load_quantized(directory: Path) -> tuple[Sam2Model, dict[str, LayerCodes]]:
+    """The simulated model that `save_quantized` wrote, on the CPU, and its layers' codes.
 
     Raises:
         BadInput: a file is missing or corrupt.
@@ -86,7 +86,6 @@ def load_quantized(directory: Path, device: str = "cpu") -> tuple[Sam2Model, dic
         model, codes = _restore(config, json.loads(metadata[FORMAT]), tensors)
     except UNREADABLE as error:
         raise _corrupt(path, error) from error
-    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides nn.Module's signature
     return model, codes
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.calib.processor import SamProcessor
-from samq.calib.prompting import Prompts, boxes, clicks, grid
-from samq.calib.prompts import box_of, click_of
+from samq.calib.prompts import Prompts, box_of, boxes, click_of, clicks, grid
 from samq.calib.sources import Sample
 from samq.engines.predictor import Predictions, Predictor
 from samq.tools.metrics import iou, mask_of, mean

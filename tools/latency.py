@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
-from samq.calib.prompting import boxes
+from samq.calib.prompts import boxes
 from samq.engines.base import Arrays, Engine
 from samq.engines.predictor import Predictor, prompt_feeds
 

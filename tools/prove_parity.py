@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
-from samq.calib.prompting import Prompts, boxes, clicks
+from samq.calib.prompts import Prompts, boxes, clicks
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.predictor import Predictor
 from samq.export.parts import float_part, save_part

@@ -15,7 +15,7 @@ from transformers import Sam2Model
 
 from samq.calib.calibrate import GRID_PER_SIDE, decode
 from samq.calib.parts import MASK_DECODER, ImageEncoder, MaskDecoder, part_of
-from samq.calib.prompting import clicks, grid
+from samq.calib.prompts import clicks, grid
 from samq.tools.metrics import sqnr_db
 
 ROWS = 256  # of each layer's output that are compared: all layers of both models are held at once

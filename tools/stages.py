@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -79,40 +80,33 @@ def run_stages(
     Raises:
         MachineLacks: out of memory.
     """
-    try:
-        return _run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        remedy = "a smaller calib.batch_size or --image-size" + (", or --device cpu" if job.device == "cuda" else "")
-        raise MachineLacks(f"out of memory; use {remedy}") from error
-
-
-def _run_stages(
-    out: OutputDir,
-    job: Job,
-    recipe: Recipe,
-    stages: Sequence[str],
-    gates: Gates,
-    reporter: Reporter,
-    data: Data | None,
-    checkpoint: Checkpoint | None,
-) -> dict[str, Any]:
     out.job = job.as_json()
     report: dict[str, Any] = {}
     for stage in stages:
-        if stage == "validate":
-            assert data is not None
-            report = run_validate(out, job, recipe, data, gates, reporter)
-        elif out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
-            reporter.say(f"{stage}: done before, nothing changed")
-        elif stage == "quantize":
-            assert checkpoint is not None
-            assert data is not None
-            run_quantize(out, job, recipe, checkpoint, data, reporter)
-        elif stage == "export":
-            run_export(out, job, reporter)
-        else:
-            run_build(out, job, reporter)
+        with _memory_errors_told(job):
+            if stage == "validate":
+                assert data is not None
+                report = run_validate(out, job, recipe, data, gates, reporter)
+            elif out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
+                reporter.say(f"{stage}: done before, nothing changed")
+            elif stage == "quantize":
+                assert checkpoint is not None
+                assert data is not None
+                run_quantize(out, job, recipe, checkpoint, data, reporter)
+            elif stage == "export":
+                run_export(out, job, reporter)
+            else:
+                run_build(out, job, reporter)
     return report or {"output_dir": str(out.path), "stages": list(stages)}
+
+
+@contextmanager
+def _memory_errors_told(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        remedy = "a smaller calib.batch_size or --image-size" + (", or --device cpu" if job.device == "cuda" else "")
+        raise MachineLacks(f"out of memory; use {remedy}") from error
 
 
 def _options_of(stage: str, job: Job) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from exported import largest_error
 
 from samq.calib.checkpoint import Checkpoint, load_checkpoint
 from samq.calib.parts import PARTS
-from samq.calib.prompting import Prompts, boxes, clicks
-from samq.calib.prompts import box_of, click_of
+from samq.calib.prompts import Prompts, box_of, boxes, click_of, clicks
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.predictor import Predictor
 from samq.export.parts import float_part, save_part
