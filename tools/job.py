@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ class Data:
     evaluation: ImageSource | None
     origin: str
 
+    @cached_property
+    def calibration_fingerprint(self) -> str | None:
+        """Fingerprint of the calibration images; it reads some of every file, so once is enough."""
+        return None if self.calibration is None else self.calibration.fingerprint()
+
 
 def open_data(job: Job, recipe: Recipe) -> Data:
     """Decide which images serve for what.
@@ -139,7 +145,7 @@ def open_evaluation(job: Job, recipe: Recipe, calibrated_on: str | None) -> Data
     if separate is not None:
         return separate
     data = open_data(job, recipe)
-    if data.calibration is not None and data.calibration.fingerprint() != calibrated_on:
+    if data.calibration_fingerprint not in (None, calibrated_on):
         raise BadInput(f"{job.calib_data} was changed since `quantize`; give --eval-data, or run again with --force")
     return data
 
@@ -173,7 +179,7 @@ def fingerprint(job: Job, recipe: Recipe, checkpoint_fingerprint: str, data: Dat
     decisive = {
         "recipe": recipe.to_yaml(),
         "checkpoint": checkpoint_fingerprint,
-        "calibration": None if data.calibration is None else data.calibration.fingerprint(),
+        "calibration": data.calibration_fingerprint,
         "seed": job.seed,
         "parts": job.parts,
         "image_size": job.image_size,

@@ -147,7 +147,7 @@ def run_quantize(
         options=_options_of("quantize", job),
         checkpoint=checkpoint.fingerprint,
         calibration=None if source is None else f"{len(seen)} images of {source.description}",
-        calibration_fingerprint=None if source is None else source.fingerprint(),
+        calibration_fingerprint=data.calibration_fingerprint,
         unreadable=[] if source is None else source.unreadable,
     )
 
