@@ -4,9 +4,11 @@ from scipy import ndimage
 
 from samq.tools.demo.scenes import (
     HELD_OUT_SCENES,
+    TRAIN_COMPOUND_SHARE,
     Scene,
     _Canvas,
     _cast_shadow,
+    _within,
     draw_scene,
     held_out_scene,
     train_scene,
@@ -45,12 +47,32 @@ def test_other_sizes_scale_the_scene() -> None:
 
 
 def test_training_and_held_out_scenes_never_meet() -> None:
-    np.testing.assert_array_equal(train_scene(0).image, draw_scene(HELD_OUT_SCENES).image)
+    compounds = draw_scene(HELD_OUT_SCENES, compound_share=TRAIN_COMPOUND_SHARE)
+    np.testing.assert_array_equal(train_scene(0).image, compounds.image)
     np.testing.assert_array_equal(held_out_scene(5).image, draw_scene(5).image)
     with pytest.raises(ValueError, match="held-out scenes are numbered"):
         held_out_scene(HELD_OUT_SCENES)
     with pytest.raises(ValueError, match="from 0"):
         train_scene(-1)
+
+
+def test_parts_belong_to_their_object() -> None:
+    plain, compound = draw_scene(3), draw_scene(3, compound_share=1.0)
+    assert not np.array_equal(plain.image, compound.image)
+    for seed in range(8):
+        masks = draw_scene(seed, compound_share=1.0).masks
+        assert 3 <= len(masks) <= 12
+        assert masks.sum(axis=0).max() == 1
+        assert masks.sum(axis=(1, 2)).min() >= 32
+
+
+def test_only_what_lies_on_the_body_is_left_of_a_marking() -> None:
+    body = Patch(np.ones((4, 6), dtype=np.float32), top=10, left=20)
+    marking = _within(Patch(np.full((4, 4), 0.5, dtype=np.float32), top=12, left=18), body)
+    assert marking is not None
+    assert (marking.top, marking.left, marking.coverage.shape) == (12, 20, (2, 2))
+    np.testing.assert_array_equal(marking.coverage, 0.5)
+    assert _within(Patch(np.ones((2, 2), dtype=np.float32), top=0, left=0), body) is None
 
 
 def test_scenes_stay_varied(scenes: list[Scene]) -> None:

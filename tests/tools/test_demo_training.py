@@ -12,7 +12,7 @@ from samq.calib.prompts import box_of
 from samq.tools.demo.bank import object_numbers
 from samq.tools.demo.losses import prepare
 from samq.tools.demo.model import demo_config, pixel_values
-from samq.tools.demo.sampling import CLICKS, Prompts, bounding_boxes, sample_prompts, turned
+from samq.tools.demo.sampling import CLICKS, MAX_ZOOM, Prompts, bounding_boxes, sample_prompts, turned, zoomed
 from samq.tools.demo.scenes import train_scene
 from samq.tools.demo.train import Trainer, new_model, write_checkpoint
 
@@ -47,6 +47,32 @@ def test_turning_moves_image_and_objects_together(ids: torch.Tensor) -> None:
     turned_images, turned_ids = turned(images, ids)
     assert torch.equal(turned_images[..., 0], turned_ids)
     assert torch.equal(turned_ids.flatten(1).sort().values, ids.flatten(1).sort().values)
+
+
+def test_zooming_magnifies_image_and_objects_together(ids: torch.Tensor) -> None:
+    ids = ids.repeat(4, 1, 1)
+    images = 20 * ids[..., None].expand(-1, -1, -1, 3)
+    torch.manual_seed(2)
+    zoomed_images, zoomed_ids = zoomed(images, ids)
+    assert zoomed_images.dtype == zoomed_ids.dtype == torch.uint8
+    unchanged = (zoomed_ids == ids).flatten(1).all(dim=1)
+    assert 0 < unchanged.sum() < len(ids)
+    assert torch.equal(zoomed_images[unchanged], images[unchanged])
+    assert ((zoomed_images[..., 0] == 20 * zoomed_ids).float().mean(dim=(1, 2)) > 0.9).all()
+    growth = (zoomed_ids > 0).sum() / (ids > 0).sum()
+    assert 1 < growth < MAX_ZOOM**2
+
+
+def test_what_is_hardly_seen_is_not_asked_for() -> None:
+    ids = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    ids[0, :5, :5], ids[0, 100:150, 100:150] = 1, 2
+    ids[1, :5, :5] = 1
+    ids[2, 100:150, 100:150] = 1
+    prompts = sample_prompts(ids)
+    areas = prompts.masks.sum(dim=(2, 3))
+    assert set(areas[0][prompts.present[0]].tolist()) == {2500}
+    assert not prompts.present[1].any()
+    assert prompts.present[2].any()
 
 
 def test_pixel_values_are_normalized_as_imagenet() -> None:

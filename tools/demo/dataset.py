@@ -1,6 +1,7 @@
 """The demo's scenes as data: held-out ones with their masks, and the shipped folder of calibration images.
 
-`python -m samq.tools.demo.dataset FOLDER` writes the calibration images anew; they are training scenes.
+`python -m samq.tools.demo.dataset FOLDER` writes the calibration images anew; their seeds are those
+of training scenes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from samq.tools.demo.scenes import held_out_scene, train_scene
+from samq.tools.demo.scenes import HELD_OUT_SCENES, draw_scene, held_out_scene
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 IMAGES = Path(__file__).with_name("images")
@@ -39,7 +40,7 @@ def write_calibration_images(folder: Path) -> None:
     """Draw the calibration images as JPEG files."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(CALIBRATION_IMAGES):
-        image = Image.fromarray(train_scene(index).image)
+        image = Image.fromarray(draw_scene(HELD_OUT_SCENES + index).image)
         image.save(folder / f"scene_{index:02d}.jpg", quality=JPEG_QUALITY)
 
 

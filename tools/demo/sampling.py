@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from samq.tools.demo.scenes import MAX_OBJECTS
+from samq.tools.demo.scenes import MAX_OBJECTS, MIN_VISIBLE_AREA
 
 CLICKS, BOXES = 4, 4
 BACKGROUND_SHARE = 0.06
 CENTRAL_SHARE = 0.6
 JITTERED_SHARE = 0.5
+ZOOMED_SHARE, MAX_ZOOM = 0.5, 2.2
 CELL = 4
 """Pixels of a cell of the grid on which depth inside a mask is measured."""
 DEPTHS = 12
@@ -47,10 +48,23 @@ def turned(images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return planes[..., :3], planes[..., 3]
 
 
+def zoomed(images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Some scenes magnified, each about a random place: images [B, H, W, 3], ids [B, H, W], both uint8."""
+    count, device = len(ids), ids.device
+    chosen = torch.rand(count, device=device) < ZOOMED_SHARE
+    side = torch.where(chosen, 1 / torch.empty(count, device=device).uniform_(1, MAX_ZOOM), 1.0)
+    shift = (1 - side[:, None]) * torch.empty(count, 2, device=device).uniform_(-1, 1)
+    transform = torch.cat([torch.diag_embed(side[:, None].expand(-1, 2)), shift[..., None]], dim=2)
+    grid = F.affine_grid(transform, [count, 1, *ids.shape[1:]], align_corners=False)
+    planes = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=False)
+    numbers = F.grid_sample(ids[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    return planes.round().to(images.dtype).permute(0, 2, 3, 1), numbers[:, 0].round().to(ids.dtype)
+
+
 def sample_prompts(ids: Tensor) -> Prompts:
     """Random prompts for scenes given as object numbers, uint8 [B, H, W]."""
     numbers = _choose_objects(ids, CLICKS + BOXES)
-    background = torch.rand(numbers.shape, device=ids.device) < BACKGROUND_SHARE
+    background = (torch.rand(numbers.shape, device=ids.device) < BACKGROUND_SHARE) | (numbers == 0)
     numbers = torch.where(background, 0, numbers).to(ids.dtype)
     masks = ids[:, None] == numbers[..., None, None]
     points, depths = _points_inside(masks)
@@ -61,12 +75,16 @@ def sample_prompts(ids: Tensor) -> Prompts:
 
 
 def _choose_objects(ids: Tensor, count: int) -> Tensor:
-    """Numbers [B, count] of random objects, all different while there are enough."""
+    """Numbers [B, count] of random objects, all different while there are enough; 0 where there are none.
+
+    What a magnified scene shows less of than `MIN_VISIBLE_AREA` is not chosen.
+    """
     numbers = torch.arange(1, MAX_OBJECTS + 1, device=ids.device)
-    exists = (ids[:, None] == numbers[:, None, None]).any(dim=3).any(dim=2)
+    exists = (ids[:, None] == numbers[:, None, None]).sum(dim=(2, 3)) >= MIN_VISIBLE_AREA
     order = (torch.rand(exists.shape, device=ids.device) + exists).argsort(dim=1, descending=True)
-    repeated = torch.arange(count, device=ids.device) % exists.sum(dim=1, keepdim=True)
-    return numbers[order.gather(1, repeated)]
+    repeated = torch.arange(count, device=ids.device) % exists.sum(dim=1, keepdim=True).clamp(min=1)
+    chosen = order.gather(1, repeated)
+    return numbers[chosen] * exists.gather(1, chosen)
 
 
 def _points_inside(masks: Tensor) -> tuple[Tensor, Tensor]:

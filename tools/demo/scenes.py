@@ -3,7 +3,8 @@
 A scene is drawn back to front: a textured background, clutter that belongs to no object (scratches, specks,
 stains), then 3 to 12 objects with texture, shading and cast shadows that may hide parts of earlier ones, then
 the camera (lighting, tone, blur, noise). A mask holds the pixels that an object covers by half or more and no
-later one does. Train and held-out scenes use disjoint ranges of seeds.
+later one does. Train and held-out scenes use disjoint ranges of seeds. Training scenes alone have, besides, objects
+of several parts in several colours, as photographs do.
 """
 
 import math
@@ -27,6 +28,10 @@ MIN_VISIBLE_AREA = 36
 """Pixels at 256×256 that an object keeps when later ones are drawn over it."""
 MIN_VISIBLE_SHARE = 0.35
 CAMOUFLAGE_SHARE = 0.1
+TRAIN_COMPOUND_SHARE = 0.25
+"""The objects of a training scene that are made of several parts."""
+MIN_COMPOUND_DIAMETER = 30.0
+MAX_ADDED_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,16 @@ def train_scene(index: int, size: int = 256) -> Scene:
     """
     if index < 0:
         raise ValueError(f"training scenes are numbered from 0; got {index}")
-    return draw_scene(HELD_OUT_SCENES + index, size)
+    return draw_scene(HELD_OUT_SCENES + index, size, TRAIN_COMPOUND_SHARE)
 
 
-def draw_scene(seed: int, size: int = 256) -> Scene:
-    """Draw the scene of a seed; the same seed and size give the same scene.
+def draw_scene(seed: int, size: int = 256, compound_share: float = 0.0) -> Scene:
+    """Draw the scene of a seed; the same arguments give the same scene.
 
     Args:
         seed: any non-negative integer; use `train_scene` and `held_out_scene` to keep the two apart.
         size: height and width in pixels.
+        compound_share: how many of the larger objects are made of several parts, 0 to 1.
     """
     rng = np.random.default_rng(seed)
     angle = rng.uniform(0, 2 * math.pi)
@@ -108,7 +114,7 @@ def draw_scene(seed: int, size: int = 256) -> Scene:
         visible=[0],
         light=np.array([math.cos(angle), math.sin(angle)]),
     )
-    _add_objects(rng, canvas)
+    _add_objects(rng, canvas, compound_share)
     numbers = np.arange(1, len(canvas.drawn), dtype=np.uint8)
     return Scene(_photograph(rng, canvas), canvas.ids == numbers[:, None, None])
 
@@ -150,27 +156,56 @@ def _ink(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _add_objects(rng: np.random.Generator, canvas: _Canvas) -> None:
+def _add_objects(rng: np.random.Generator, canvas: _Canvas, compound_share: float) -> None:
     """Add objects, the larger ones mostly first; a try that would hide an earlier object is dropped."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     diameters = MIN_DIAMETER * (MAX_DIAMETER / MIN_DIAMETER) ** rng.beta(1.3, 1, count)
     order = np.argsort(-diameters * np.exp(rng.normal(0, 0.5, count)))
-    for diameter in diameters[order]:
-        _try_object(rng, canvas, float(diameter))
+    for diameter in diameters[order].tolist():
+        patch = _try_object(rng, canvas, diameter)
+        if patch and compound_share and diameter >= MIN_COMPOUND_DIAMETER and rng.random() < compound_share:
+            _add_parts(rng, canvas, patch, diameter)
     while len(canvas.drawn) <= MIN_OBJECTS:
         _try_object(rng, canvas, MIN_DIAMETER * 1.5)
 
 
-def _try_object(rng: np.random.Generator, canvas: _Canvas, diameter: float, tries: int = 4) -> None:
+def _try_object(rng: np.random.Generator, canvas: _Canvas, diameter: float, tries: int = 4) -> Patch | None:
     for _ in range(tries):
         patch = _place(rng, canvas, diameter)
-        if patch is not None and _claim(canvas, patch):
+        if patch is not None and _claim(canvas, patch, len(canvas.drawn)):
             _paint(rng, canvas, patch, diameter * canvas.scale)
-            return
+            return patch
+    return None
 
 
-def _place(rng: np.random.Generator, canvas: _Canvas, diameter: float) -> Patch | None:
-    """A random shape of about this diameter (pixels at 256×256) at a random place, turned and stretched."""
+def _add_parts(rng: np.random.Generator, canvas: _Canvas, body: Patch, diameter: float) -> None:
+    """Add parts to the newest object, whose first is `body`: markings within it, and limbs that stick out of it."""
+    inside = np.argwhere(body.coverage >= 0.5)
+    for _ in range(int(rng.integers(1, MAX_ADDED_PARTS + 1))):
+        row, column = inside[int(rng.integers(len(inside)))]
+        size = diameter * rng.uniform(0.2, 0.7)
+        part = _place(rng, canvas, size, np.array([body.left + column, body.top + row], dtype=float))
+        if part is not None and rng.random() < 0.5:
+            part = _within(part, body)
+        if part is not None and _claim(canvas, part, len(canvas.drawn) - 1):
+            _paint(rng, canvas, part, size * canvas.scale)
+
+
+def _within(part: Patch, body: Patch) -> Patch | None:
+    """What of a part lies on the body."""
+    (height, width), (body_height, body_width) = part.coverage.shape, body.coverage.shape
+    top, left = max(part.top, body.top), max(part.left, body.left)
+    bottom, right = min(part.top + height, body.top + body_height), min(part.left + width, body.left + body_width)
+    if bottom <= top or right <= left:
+        return None
+    pieces = (p.coverage[top - p.top : bottom - p.top, left - p.left : right - p.left] for p in (part, body))
+    return Patch(np.minimum(*pieces), top, left)
+
+
+def _place(
+    rng: np.random.Generator, canvas: _Canvas, diameter: float, center: npt.NDArray[np.float64] | None = None
+) -> Patch | None:
+    """A random shape of about this diameter (pixels at 256×256), turned and stretched, at `center` or anywhere."""
     shapes = SHAPES if diameter >= MIN_PIERCED_DIAMETER else SOLID_SHAPES
     outline = shapes[int(rng.integers(len(shapes)))](rng)
     angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.8 else 0.0
@@ -178,26 +213,36 @@ def _place(rng: np.random.Generator, canvas: _Canvas, diameter: float) -> Patch 
     radius = diameter * canvas.scale / 2
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     axes = np.diag([radius * stretch, radius / stretch]) @ turn
-    return rasterize(outline, axes, rng.uniform(0, 1, 2) * canvas.size, canvas.size)
+    center = rng.uniform(0, 1, 2) * canvas.size if center is None else center
+    return rasterize(outline, axes, center, canvas.size)
 
 
-def _claim(canvas: _Canvas, patch: Patch) -> bool:
-    """Give the patch's pixels to a new object, unless it or one below would be left too little to see."""
+def _claim(canvas: _Canvas, patch: Patch, number: int) -> bool:
+    """Give the patch's pixels to an object, the newest or a new one, which must be large enough to be seen.
+
+    Returns:
+        Whether that was done; it is not where another object would be left too little to see.
+    """
     least = MIN_VISIBLE_AREA * canvas.scale**2
     mask = patch.coverage >= 0.5
     area = int(mask.sum())
-    if area < least:
+    is_new = number == len(canvas.drawn)
+    if is_new and area < least:
         return False
     height, width = mask.shape
     window = canvas.ids[patch.top : patch.top + height, patch.left : patch.left + width]
-    hidden = np.bincount(window[mask], minlength=len(canvas.drawn)).tolist()
-    for number in range(1, len(canvas.drawn)):
-        left = canvas.visible[number] - hidden[number]
-        if hidden[number] and left < max(least, MIN_VISIBLE_SHARE * canvas.drawn[number]):
+    hidden = np.bincount(window[mask], minlength=len(canvas.drawn) + is_new).tolist()
+    for other in range(1, number):
+        left = canvas.visible[other] - hidden[other]
+        if hidden[other] and left < max(least, MIN_VISIBLE_SHARE * canvas.drawn[other]):
             return False
-    canvas.visible = [before - lost for before, lost in zip(canvas.visible, hidden, strict=True)] + [area]
-    canvas.drawn.append(area)
-    window[mask] = len(canvas.drawn) - 1
+    if is_new:
+        canvas.drawn.append(0)
+        canvas.visible.append(0)
+    canvas.visible = [before - lost for before, lost in zip(canvas.visible, hidden, strict=True)]
+    canvas.visible[number] += area
+    canvas.drawn[number] += area - hidden[number]
+    window[mask] = number
     return True
 
 

@@ -26,7 +26,7 @@ from transformers import Sam2Model
 from samq.tools.demo.bank import SceneBank
 from samq.tools.demo.losses import compare_masks, losses, prepare
 from samq.tools.demo.model import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, demo_config, pixel_values
-from samq.tools.demo.sampling import sample_prompts, turned
+from samq.tools.demo.sampling import sample_prompts, turned, zoomed
 
 FINAL_LEARNING_RATE_SHARE = 0.01
 WEIGHT_DECAY = 0.05
@@ -91,7 +91,7 @@ class Trainer:
 
     def find_gradients(self) -> None:
         """Draw a batch and prompts, ask the model, and leave the gradients of the loss in `gradients`."""
-        images, ids = turned(*self.bank.sample(self.batch))
+        images, ids = zoomed(*turned(*self.bank.sample(self.batch)))
         prompts = sample_prompts(ids)
         noise = torch.rand(self.batch, IMAGE_SIZE // 2, IMAGE_SIZE // 2, device=self.device)
         self.gradients.zero_()
