@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from samq.export.graph import Writer, add_initializer, remove_unused, replace_value
-from samq.export.trace import SITE_DOMAIN
+from samq.export.trace import BOUNDARY_OP, SITE_DOMAIN, SITE_OP
 from samq.quant.grids import QuantizedWeight
 from samq.quant.inputs import SMALLEST_RANGE, InputGrid
 from samq.quant.layers import LayerCodes
@@ -36,12 +36,16 @@ FLOAT = ir.DataType.FLOAT
 def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) -> ir.Model:
     """Replace every site in place by the nodes of its layer, and drop what is no longer used.
 
+    The tokens behind a block are called `<block>/tokens` then.
+
     Args:
         model: a skeleton from `samq.export.trace`.
         layers: the float layer or the codes of every site, by layer name.
     """
     graph = model.graph
-    for site in [node for node in graph if node.domain == SITE_DOMAIN]:
+    for boundary in _nodes(graph, BOUNDARY_OP):
+        _name_tokens(graph, boundary)
+    for site in _nodes(graph, SITE_OP):
         name = site.attributes["layer"].as_string()
         layer = layers[name]
         writer = Writer(graph, site, name)
@@ -56,6 +60,18 @@ def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) ->
         graph.remove(site, safe=True)
     remove_unused(model)
     return model
+
+
+def _nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
+    return [node for node in graph if node.domain == SITE_DOMAIN and node.op_type == op]
+
+
+def _name_tokens(graph: ir.Graph, boundary: ir.Node) -> None:
+    tokens = boundary.inputs[0]
+    assert tokens is not None
+    ir.convenience.replace_all_uses_with(boundary.outputs[0], tokens)
+    tokens.name = f"{boundary.attributes['block'].as_string()}/tokens"
+    graph.remove(boundary, safe=True)
 
 
 def store_as_fp16(model: ir.Model, *, rounding: bool) -> ir.Model:

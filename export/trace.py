@@ -1,8 +1,8 @@
 """One trace of a part: an ONNX skeleton in which each linear layer is a single `samq.Linear` node without weights.
 
-The skeleton is traced once; `samq.export.linear` then fills the same nodes with float or quantized weights. Constant
-folding is kept small, so that tables that are cheap to compute (the bicubic position embedding) stay computed instead
-of stored.
+The skeleton is traced once; `samq.export.linear` then fills the same nodes with float or quantized weights. The tokens
+behind each block of the backbone pass through a `samq.Boundary`. Constant folding is kept small, so that tables that
+are cheap to compute (the bicubic position embedding) stay computed instead of stored.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from samq.calib.parts import (
     ImageEncoder,
     MaskDecoder,
 )
+from samq.export.hiera import EngineHiera
 from samq.quant.layers import QuantizedLinear, replace_module
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 OPSET = 21  # the first with INT4, UINT4 and blocked DequantizeLinear
 SITE_DOMAIN = "samq"
 SITE_OP = "Linear"
+BOUNDARY_OP = "Boundary"
 LARGEST_FOLDED_CONSTANT = 4096  # elements
 
 
@@ -67,6 +69,19 @@ class _Site(nn.Module):
             version=1,
         )
         return answer
+
+
+def _boundary(tokens: Tensor, block: int) -> Tensor:
+    """Mark the tokens behind a block, so that the block can be found, timed and placed by itself."""
+    marked: Tensor = torch.onnx.ops.symbolic(
+        f"{SITE_DOMAIN}::{BOUNDARY_OP}",
+        (tokens,),
+        {"block": f"vision_encoder.backbone.blocks.{block}"},
+        dtype=tokens.dtype,
+        shape=tokens.shape,
+        version=1,
+    )
+    return marked
 
 
 def trace(model: Sam2Model, part: str, static: StaticShape | None = None) -> ir.Model:
@@ -160,9 +175,10 @@ def feature_channels(config: Any) -> tuple[int, int, int]:
 
 
 def _shell_of(model: Sam2Model) -> Sam2Model:
-    """A copy of the model, its linear layers replaced by sites, everything else shared."""
+    """A copy of the model, its linear layers replaced by sites, its backbone in an engine's form, weights shared."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, memo)
+    shell.vision_encoder.backbone = EngineHiera(shell.vision_encoder.backbone, mark=_boundary)
     for name, module in list(shell.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinear):
             replace_module(shell, name, _Site(name, module))

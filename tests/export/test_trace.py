@@ -21,7 +21,7 @@ from samq.calib.parts import (
     MaskDecoder,
 )
 from samq.engines.predictor import Predictor
-from samq.export.trace import OPSET, SITE_DOMAIN, set_parameters
+from samq.export.trace import OPSET, SITE_OP, set_parameters
 
 TOLERANCE = 1e-4
 BATCHES_AND_PROMPTS = [(1, 1), (1, 5), (2, 1), (3, 2)]
@@ -130,7 +130,7 @@ def test_names_are_the_documented_ones_and_dimensions_dynamic(engines: Predictor
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_linear_layer_is_one_site(part: str) -> None:
-    sites = [node.attributes["layer"].as_string() for node in skeleton(part).graph if node.domain == SITE_DOMAIN]
+    sites = [node.attributes["layer"].as_string() for node in skeleton(part).graph if node.op_type == SITE_OP]
     layers = [
         name
         for name, module in float_model().named_modules()
@@ -138,6 +138,13 @@ def test_every_linear_layer_is_one_site(part: str) -> None:
     ]
     assert sorted(sites) == sorted(layers)
     assert skeleton(part).graph.opset_imports[""] == OPSET
+
+
+def test_the_tokens_behind_every_block_have_a_name() -> None:
+    filled = float_part(skeleton(IMAGE_ENCODER), float_model(), half=False)
+    names = {value.name for node in filled.graph for value in node.outputs}
+    blocks = len(float_model().vision_encoder.backbone.blocks)
+    assert {f"vision_encoder.backbone.blocks.{index}/tokens" for index in range(blocks)} <= names
 
 
 @pytest.mark.parametrize("part", PARTS)
