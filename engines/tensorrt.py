@@ -1,0 +1,59 @@
+"""TensorRT plans: built and run here, or by the interpreter that SAMQ_TENSORRT_PYTHON names.
+
+    plan = build_engine(Path("image_encoder.onnx"), Path("image_encoder.plan"))
+    engine = open_engine(Path("image_encoder.plan"))
+
+What a plan is and what it executes can be read anywhere: `load_info` and `executed_layers` of `tensorrt_plan`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from samq.engines import tensorrt_build
+from samq.engines.cuda import Device, find_device
+from samq.engines.tensorrt_log import ANOTHER_PYTHON, load_tensorrt, version_of
+from samq.engines.tensorrt_plan import BuildOptions, PlanInfo
+from samq.engines.tensorrt_process import Worker, WorkerEngine
+from samq.engines.tensorrt_progress import Progress, silent
+from samq.engines.tensorrt_run import TensorRtEngine
+
+
+def about() -> tuple[str, Device]:
+    """Version of the TensorRT at hand, and the GPU.
+
+    Raises:
+        MachineLacks: there is no TensorRT, or no GPU.
+    """
+    worker = _worker()
+    return worker.about() if worker else (version_of(load_tensorrt()), find_device())
+
+
+def build_engine(
+    onnx_path: Path, plan_path: Path, options: BuildOptions | None = None, progress: Progress = silent
+) -> PlanInfo:
+    """See `samq.engines.tensorrt_build.build_engine`."""
+    worker = _worker()
+    build = worker.build if worker else tensorrt_build.build_engine
+    return build(onnx_path, plan_path, options, progress)
+
+
+def open_engine(plan_path: Path, *, cuda_graph: bool = False) -> TensorRtEngine | WorkerEngine:
+    """See `samq.engines.tensorrt_run.TensorRtEngine`."""
+    worker = _worker()
+    if worker:
+        return WorkerEngine(worker, plan_path, cuda_graph=cuda_graph)
+    return TensorRtEngine(plan_path, cuda_graph=cuda_graph)
+
+
+def _worker() -> Worker | None:
+    python = os.environ.get(ANOTHER_PYTHON)
+    return _started(python) if python else None
+
+
+@cache
+def _started(python: str) -> Worker:
+    """One process for all plans."""
+    return Worker(python)

@@ -1,0 +1,246 @@
+"""ONNX file → TensorRT plan and its sidecar, with TensorRT 8.6, 10.x or 11.x.
+
+| what          | 8.6                                                  | 10.x, 11.x                         |
+|---------------|------------------------------------------------------|------------------------------------|
+| number types  | FP32 graph; FP16 flag as asked, INT8 flag with Q/DQ, | strongly typed: those of the graph |
+|               | float32 for the nodes that are named                 |                                    |
+| progress      | the phases of this module                            | IProgressMonitor's                 |
+
+Whatever else differs between versions is looked up by name; tests hold every name against the versions' API lists.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samq.engines.cuda import Device, find_device
+from samq.engines.tensorrt_layers import EngineLayer, read_layers, with_regions
+from samq.engines.tensorrt_log import (
+    WARNING,
+    Log,
+    captured,
+    failure,
+    load_tensorrt,
+    parse_failure,
+    version_of,
+)
+from samq.engines.tensorrt_network import (
+    add_profile,
+    describe_tensors,
+    is_quantized,
+    keep_float32,
+    layer_names,
+    network_flags,
+    side_names,
+)
+from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info, sidecar_of
+from samq.engines.tensorrt_progress import Progress, Watch, silent
+from samq.errors import BadInput, MachineLacks
+from samq.files import sha256_of, write_text, written_whole
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+def build_engine(
+    onnx_path: Path, plan_path: Path, options: BuildOptions | None = None, progress: Progress = silent
+) -> PlanInfo:
+    """Build a plan; beside it stand `<plan>.json` (what it is) and `<plan>.log` (what TensorRT said).
+
+    Args:
+        onnx_path: a graph lowered for the TensorRT at hand.
+
+    Raises:
+        MachineLacks: no TensorRT, no GPU, not enough of its memory, or an option that this version has not.
+        BadInput: the file is missing, or TensorRT does not take it; the message names the node.
+        UsageError: a dynamic side has no range.
+    """
+    if not onnx_path.is_file():
+        raise BadInput(f"{onnx_path} is missing; run `samq-export export` first")
+    api, device, options = load_tensorrt(), find_device(), options or BuildOptions()
+    for stale in (sidecar_of(plan_path), log_of(plan_path)):
+        stale.unlink(missing_ok=True)
+    with captured() as (logger, log):
+        try:
+            return _Build(api, device, logger, log, onnx_path, plan_path, options, progress).run()
+        finally:
+            write_text(log_of(plan_path), str(log))
+
+
+class _Build:
+    """One run of the builder."""
+
+    def __init__(
+        self,
+        api: Any,
+        device: Device,
+        logger: trt.ILogger,
+        log: Log,
+        onnx_path: Path,
+        plan_path: Path,
+        options: BuildOptions,
+        progress: Progress,
+    ) -> None:
+        self.api, self.device, self.log, self.options, self.progress = api, device, log, options, progress
+        self.onnx_path, self.plan_path = onnx_path, plan_path
+        self.version = version_of(api)
+        self.logger, self.watch = logger, Watch(progress)
+
+    def run(self) -> PlanInfo:
+        started = time.perf_counter()
+        api = self.api
+        builder = self._builder()
+        strong = hasattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        network: trt.INetworkDefinition = builder.create_network(network_flags(api))
+        self._parse(network)
+        config = self._config(builder, network, strong)
+        cache = self._timing_cache(config)
+        self.progress("build", 0, 0)
+        plan: trt.IHostMemory | None = builder.build_serialized_network(network, config)
+        if self.watch.raised is not None:
+            raise self.watch.raised
+        if plan is None:
+            raise failure(self.onnx_path, self.log)
+        if cache is not None:
+            self._keep_timings(config, cache)
+        with written_whole(self.plan_path) as temporary:
+            temporary.write_bytes(plan)
+        info = self._describe(network, plan, strong, time.perf_counter() - started)
+        save_info(self.plan_path, info)
+        return info
+
+    def _builder(self) -> trt.Builder:
+        api = self.api
+        try:
+            return api.Builder(self.logger)
+        except TypeError as error:  # what the bindings raise where the library gives nothing
+            raise failure(self.onnx_path, self.log) from error
+
+    def _parse(self, network: trt.INetworkDefinition) -> None:
+        api = self.api
+        self.progress("parse", 0, 0)
+        parser: trt.OnnxParser = api.OnnxParser(network, self.logger)
+        if parser.parse_from_file(str(self.onnx_path)):
+            return
+        description = ""
+        if parser.num_errors:
+            error: trt.ParserError = parser.get_error(0)
+            description = error.desc()
+        raise parse_failure(self.onnx_path, description, self.log, self.version)
+
+    def _config(self, builder: trt.Builder, network: trt.INetworkDefinition, strong: bool) -> trt.IBuilderConfig:
+        api, options = self.api, self.options
+        config: trt.IBuilderConfig = builder.create_builder_config()
+        for name in wanted_flags(options, strongly_typed=strong, quantized=is_quantized(api, network)):
+            if not hasattr(api.BuilderFlag, name):
+                raise MachineLacks(f"TensorRT {self.version} has no {name}; build without that option")
+            config.set_flag(getattr(api.BuilderFlag, name))
+        if options.float32 and not strong:
+            for name in keep_float32(api, network, options.float32):
+                self.log.messages.append((WARNING, f"{name}: no layer to keep in float32"))
+        config.builder_optimization_level = options.optimization_level
+        config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = api.HardwareCompatibilityLevel.AMPERE_PLUS
+        config.set_tactic_sources(tactic_sources(api, config, options.tactics_off))
+        add_profile(builder, config, side_names(network), options.ranges)
+        if hasattr(config, "progress_monitor"):
+            config.progress_monitor = self.watch.monitor(api)
+        return config
+
+    def _timing_cache(self, config: trt.IBuilderConfig) -> Path | None:
+        """Let the builder reuse earlier timings; returns where to keep them."""
+        if self.options.timing_cache is None:
+            return None
+        path = Path(self.options.timing_cache) / timing_cache_name(self.version, self.device)
+        kept = path.read_bytes() if path.is_file() else b""
+        for content in (kept, b""):
+            cache: trt.ITimingCache | None = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                break
+            self.log.messages.append((WARNING, f"{path.name} does not fit; timings are measured anew"))
+        return path
+
+    def _keep_timings(self, config: trt.IBuilderConfig, path: Path) -> None:
+        cache: trt.ITimingCache | None = config.get_timing_cache()
+        if cache is not None:
+            with written_whole(path) as temporary:
+                temporary.write_bytes(cache.serialize())
+
+    def _describe(
+        self, network: trt.INetworkDefinition, plan: trt.IHostMemory, strong: bool, seconds: float
+    ) -> PlanInfo:
+        api = self.api
+        self.progress("inspect", 0, 0)
+        runtime: trt.Runtime = api.Runtime(self.logger)
+        runtime.engine_host_code_allowed = self.options.version_compatible
+        engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise failure(self.plan_path, self.log)
+        inputs, outputs = describe_tensors(api, engine)
+        sides = side_names(network)
+        inspector: trt.EngineInspector = engine.create_engine_inspector()
+        order, gemms = layer_names(api, network)
+        layers = self._layers(inspector.get_engine_information(api.LayerInformationFormat.JSON))
+        return PlanInfo(
+            gpu=self.device.name,
+            capability=self.device.capability,
+            tensorrt=self.version,
+            onnx=self.onnx_path.name,
+            onnx_sha256=sha256_of(self.onnx_path),
+            strongly_typed=strong,
+            inputs=tuple(replace(tensor, shape=sides[tensor.name]) for tensor in inputs),
+            outputs=outputs,
+            options=self.options,
+            seconds=round(seconds, 3),
+            plan_bytes=plan.nbytes,
+            gemms=gemms,
+            layers=with_regions(layers, order, gemms),
+            warnings=tuple(self.log.of(WARNING)),
+        )
+
+    def _layers(self, text: str) -> tuple[EngineLayer, ...]:
+        """Layers as the inspector tells them; a plan is not lost for an account that cannot be read."""
+        try:
+            return read_layers(text)
+        except ValueError:
+            self.log.messages.append((WARNING, "the engine inspector's account is no JSON: no layer is known"))
+            return ()
+
+
+def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool) -> tuple[str, ...]:
+    """Names of the builder flags to set.
+
+    Args:
+        quantized: the graph has Q/DQ; 8.6 asks for a calibrator when INT8 is set without.
+    """
+    wanted = {
+        "FP16": options.fp16 and not strongly_typed,
+        "INT8": quantized and not strongly_typed,
+        "OBEY_PRECISION_CONSTRAINTS": bool(options.float32) and not strongly_typed,
+        "VERSION_COMPATIBLE": options.version_compatible,
+        "REFIT": options.refittable,
+    }
+    return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def timing_cache_name(version: str, device: Device) -> str:
+    """Timings hold for one version on one kind of GPU."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    return f"tensorrt-{version}-{gpu}.cache"
+
+
+def tactic_sources(api: Any, config: trt.IBuilderConfig, off: Sequence[str]) -> int:
+    """The sources in use, without those to be off; a version that has lost one uses it no more."""
+    sources = int(config.get_tactic_sources())
+    for name in off:
+        if hasattr(api.TacticSource, name):
+            sources &= ~(1 << int(getattr(api.TacticSource, name)))
+    return sources

@@ -1,0 +1,311 @@
+"""TensorRT and CUDA simulated on the host, so that building and running can be tested without a GPU.
+
+Every object has the members of its class in one version's API list, and no others: what the code touches beyond them is
+an AttributeError, as with the real bindings. The device's memory is the host's. A "graph" is a JSON file:
+
+    {"inputs": [[name, shape, type, names of sides]], "layers": [[name, type, ONNX node, type of the output]]}
+
+and an engine computes y = 2·x + labels, x [batch, 3] HALF, labels [batch, 1] INT32, y FLOAT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DATA = Path(__file__).parents[1] / "data" / "trt_api"
+VERSIONS = ("8.6.0", "10.3.0", "10.16.1.11", "11.4.0.106")
+API: dict[str, dict[str, list[str]]] = {
+    version: json.loads((DATA / f"{version}.json").read_text(encoding="utf-8")) for version in VERSIONS
+}
+GRAPH = {
+    "inputs": [["labels", [-1, 1], "INT32", ["batch", ""]], ["x", [-1, 3], "HALF", ["batch", ""]]],
+    "layers": [
+        ["a.qkv/QuantizeLinear", "QUANTIZE", "a.qkv/QuantizeLinear", "INT8"],
+        ["a.qkv/MatMul", "MATRIX_MULTIPLY", "a.qkv/MatMul", "FLOAT"],
+        ["(Unnamed Layer* 2) [Unary]", "UNARY", "angles/Sin", "FLOAT"],
+        ["angles/Constant", "CONSTANT", "angles/Constant", "FLOAT"],
+        ["angles/Shape", "SHAPE", "angles/Shape", "INT32"],
+    ],
+}
+STATIC = {**GRAPH, "inputs": [["labels", [2, 1], "INT32", ["", ""]], ["x", [2, 3], "HALF", ["", ""]]]}
+TYPES = {"HALF": np.float16, "INT32": np.int32, "FLOAT": np.float32}
+
+
+class Host(bytes):
+    """IHostMemory."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self)
+
+
+class Simulation:
+    """One version of TensorRT, as the module `tensorrt`, with a record of what was done.
+
+    Attributes:
+        done: (Class.member, arguments or value) of everything that was called or set.
+        fails: Class.member → what it gives instead of its result.
+        says: what is logged by the calls of a Class.member.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.version, self.members = version, API[version]
+        self.done: list[tuple[str, Any]] = []
+        self.fails: dict[str, Any] = {}
+        self.says: dict[str, list[tuple[str, str]]] = {}
+        self.logger: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return self.version
+        if name not in self.members:
+            raise AttributeError(f"TensorRT {self.version} has no {name}")
+        if name == "ILogger":
+            return type("ILogger", (), {m: m for m in self.members["ILogger"] if m.isupper()})
+        if name == "IProgressMonitor":
+            return object
+        make = getattr(self, f"_{name}", None)
+        return make if make is not None else SimpleNamespace(**{m: i for i, m in enumerate(self.members[name])})
+
+    def values(self, name: str) -> list[Any]:
+        """Arguments of all calls, or values of all settings, of a Class.member."""
+        return [value for done, value in self.done if done == name]
+
+    def make(self, kind: str, **members: Any) -> Any:
+        return Simulated(self, kind, members)
+
+    def log(self, name: str) -> None:
+        for severity, text in self.says.get(name, []):
+            self.logger.log(severity, text)
+
+    def _Builder(self, logger: Any) -> Any:
+        self.logger = logger
+        self.log("Builder")
+        if "Builder" in self.fails:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        network: dict[str, Any] = {}
+        return self.make(
+            "Builder",
+            create_network=lambda flags: self._network(network),
+            create_builder_config=self._config,
+            create_optimization_profile=lambda: self.make("IOptimizationProfile", set_shape=lambda *shapes: None),
+            build_serialized_network=self._built,
+        )
+
+    def _network(self, content: dict[str, Any]) -> Any:
+        network = self.make("INetworkDefinition", get_input=lambda i: self._tensor(*network.content["inputs"][i]))
+        object.__setattr__(network, "content", content)
+        network.known.update(get_layer=lambda i: self._layer(*content["layers"][i]))
+        return network
+
+    def _tensor(self, name: str, shape: list[int], dtype: str, sides: list[str]) -> Any:
+        return self.make("ITensor", name=name, shape=shape, get_dimension_name=lambda i: sides[i])
+
+    def _layer(self, name: str, kind: str, node: str, dtype: str) -> Any:
+        output = self.make("ITensor", dtype=getattr(self.DataType, dtype))
+        requests = {"precision": None, "set_output_type": lambda index, dtype: None}
+        return self.make(
+            "ILayer",
+            name=name,
+            type=getattr(self.LayerType, kind),
+            metadata=f"[ONNX Layer: {node}]",
+            num_outputs=1,
+            get_output=lambda index: output,
+            **{member: value for member, value in requests.items() if member in self.members["ILayer"]},
+        )
+
+    def _config(self) -> Any:
+        sources = len(self.members["TacticSource"])
+        return self.make(
+            "IBuilderConfig",
+            set_flag=lambda flag: None,
+            set_memory_pool_limit=lambda pool, size: None,
+            get_tactic_sources=lambda: (1 << sources) - 1,
+            set_tactic_sources=lambda mask: True,
+            add_optimization_profile=lambda profile: 0,
+            create_timing_cache=lambda content: self.make("ITimingCache", serialize=lambda: Host(content + b"!")),
+            set_timing_cache=lambda cache, ignore: True,
+            **{name: None for name in ("progress_monitor",) if name in self.members["IBuilderConfig"]},
+        )
+
+    def _OnnxParser(self, network: Any, logger: Any) -> Any:
+        def parse_from_file(path: str) -> bool:
+            self.log("OnnxParser.parse_from_file")
+            network.content.update(json.loads(Path(path).read_text(encoding="utf-8")))
+            for kind in ("inputs", "layers"):
+                network.known[f"num_{kind}"] = len(network.content[kind])
+            return True
+
+        error = self.make("ParserError", desc=lambda: "Invalid Node - Range_271")
+        return self.make("OnnxParser", parse_from_file=parse_from_file, num_errors=1, get_error=lambda i: error)
+
+    def _built(self, network: Any, config: Any) -> Host | None:
+        monitor = config.known.get("progress_monitor")
+        if monitor is not None:
+            monitor.phase_start("Building Engine", None, 2)
+            going = all(monitor.step_complete("Building Engine", step) for step in range(2))
+            monitor.phase_finish("Building Engine")
+            if not going:
+                self.done.append(("cancelled", None))
+                return None
+        cache = next(reversed(self.values("IBuilderConfig.set_timing_cache")), None)
+        config.known["get_timing_cache"] = lambda: cache[0]
+        return Host(json.dumps(network.content).encode())
+
+    def _Runtime(self, logger: Any) -> Any:
+        self.logger = logger
+        return self.make("Runtime", deserialize_cuda_engine=lambda plan: self._engine(json.loads(bytes(plan))))
+
+    def _engine(self, content: dict[str, Any]) -> Any:
+        tensors = {name: (shape, dtype, "INPUT") for name, shape, dtype, _ in content["inputs"]}
+        tensors["y"] = (tensors["x"][0], "FLOAT", "OUTPUT")
+        limits = {-1: (1, 2, 4)}
+        layer = {"Name": "a.qkv/MatMul", "LayerType": "gemm", "Inputs": [{"Format/Datatype": "Int8"}], "Outputs": []}
+        return self.make(
+            "ICudaEngine",
+            num_io_tensors=len(tensors),
+            get_tensor_name=lambda i: list(tensors)[i],
+            get_tensor_shape=lambda name: tensors[name][0],
+            get_tensor_dtype=lambda name: self.make("DataType", name=tensors[name][1]),
+            get_tensor_mode=lambda name: getattr(self.TensorIOMode, tensors[name][2]),
+            get_tensor_profile_shape=lambda name, i: [
+                [limits[s][kind] if s < 0 else s for s in tensors[name][0]] for kind in range(3)
+            ],
+            create_engine_inspector=lambda: self.make(
+                "EngineInspector", get_engine_information=lambda kind: json.dumps({"Layers": [layer]})
+            ),
+            create_execution_context=self._context,
+        )
+
+    def _context(self) -> Any:
+        shapes: dict[str, tuple[int, ...]] = {}
+        addresses: dict[str, int] = {}
+
+        def execute(stream: int) -> bool:
+            x, labels, y = (
+                view(addresses[name], shape_of(name), TYPES[kind])
+                for name, kind in (("x", "HALF"), ("labels", "INT32"), ("y", "FLOAT"))
+            )
+            y[:] = 2 * x.astype(np.float32) + labels
+            return True
+
+        def shape_of(name: str) -> tuple[int, ...]:
+            return shapes["x" if name == "y" else name]
+
+        return self.make(
+            "IExecutionContext",
+            set_input_shape=lambda name, shape: shapes.__setitem__(name, tuple(shape)) or True,  # type: ignore[func-returns-value]
+            get_tensor_shape=shape_of,
+            set_tensor_address=lambda name, address: addresses.__setitem__(name, address) or True,  # type: ignore[func-returns-value]
+            execute_async_v3=execute,
+        )
+
+
+class Simulated:
+    """An object of a class; see `Simulation`."""
+
+    def __init__(self, simulation: Simulation, kind: str, known: dict[str, Any]) -> None:
+        unlisted = set(known) - set(simulation.members[kind])
+        assert not unlisted, f"the simulation itself gives {kind} what it has not: {unlisted}"
+        for name, value in (("simulation", simulation), ("kind", kind), ("known", known)):
+            object.__setattr__(self, name, value)
+
+    simulation: Simulation
+    kind: str
+    known: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.simulation.members[self.kind]:
+            raise AttributeError(f"{self.kind} of TensorRT {self.simulation.version} has no {name}")
+        value = self.known[name]
+        if not callable(value) or name == "progress_monitor":
+            return value
+
+        def recorded(*arguments: Any) -> Any:
+            called = f"{self.kind}.{name}"
+            self.simulation.done.append((called, arguments))
+            if called in self.simulation.fails:
+                self.simulation.log(called)
+                return self.simulation.fails[called]
+            return value(*arguments)
+
+        return recorded
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.simulation.members[self.kind]:
+            raise AttributeError(f"{self.kind} of TensorRT {self.simulation.version} has no {name}")
+        self.simulation.done.append((f"{self.kind}.{name}", value))
+        self.known[name] = value
+
+
+def view(address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """An array on memory at an address."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+
+class SimulatedCuda:
+    """`cuda.bindings.runtime` on the host's memory, with one GPU; streams run at once, and keep what is recorded.
+
+    Attributes:
+        memory: live allocations by address.
+        recorded: launches since a capture began, or None outside of one.
+    """
+
+    def __init__(self, capability: tuple[int, int] = (9, 0), name: bytes = b"NVIDIA H100 80GB HBM3\0\0") -> None:
+        self.memory: dict[int, Any] = {}
+        self.statuses: dict[str, int] = {}
+        self.graphs = self.launches = 0
+        self.properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1], totalGlobalMem=80 << 30)
+        names = ("Success", "MemoryAllocation", "InsufficientDriver", "NoDevice", "Unknown")
+        self.cudaError_t = SimpleNamespace(**{f"cudaError{n}" if i else "cudaSuccess": i for i, n in enumerate(names)})
+        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+        self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+        self.cudaStreamNonBlocking = 1
+        self.versions = {"cudaDriverGetVersion": 12040, "cudaRuntimeGetVersion": 12090}
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            status = self.statuses.get(name, 0)
+            answer = None if status else self._answer(name, *arguments)
+            return (status,) if answer is None and not status else (status, answer)
+
+        return function
+
+    def _answer(self, name: str, *arguments: Any) -> Any:
+        if name == "cudaMalloc":
+            memory = ctypes.create_string_buffer(arguments[0])
+            self.memory[ctypes.addressof(memory)] = memory
+            return ctypes.addressof(memory)
+        if name == "cudaFree":
+            del self.memory[arguments[0]]
+        elif name == "cudaMemcpyAsync":
+            ctypes.memmove(arguments[0], arguments[1], arguments[2])
+        elif name == "cudaGraphInstantiate":
+            self.graphs += 1
+        elif name == "cudaGraphLaunch":
+            self.launches += 1
+        return {
+            "cudaGetDeviceCount": 1,
+            "cudaGetDevice": 0,
+            "cudaGetDeviceProperties": self.properties,
+            "cudaGetErrorString": b"something is wrong",
+            "cudaStreamCreateWithFlags": 7,
+            "cudaEventCreate": 8,
+            "cudaEventElapsedTime": 1.5,
+            "cudaStreamEndCapture": 9,
+            "cudaGraphInstantiate": 10,
+            **self.versions,
+        }.get(name)

@@ -1,0 +1,194 @@
+"""Building with every version of TensorRT, simulated by its API list, and what stands on the disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
+
+from samq.engines import cuda, tensorrt_log
+from samq.engines.base import Executed
+from samq.engines.cuda import Device
+from samq.engines.tensorrt_build import build_engine, timing_cache_name, wanted_flags
+from samq.engines.tensorrt_network import profile_shapes
+from samq.engines.tensorrt_plan import BuildOptions, PlanTensor, executed_layers, load_info
+from samq.errors import BadInput, MachineLacks, UsageError
+from samq.files import sha256_of
+
+RANGES = {"batch": (1, 2, 4)}
+
+
+@pytest.fixture(params=VERSIONS)
+def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
+    """One version after the other, on a simulated H100."""
+    simulation, device = Simulation(request.param), SimulatedCuda()
+    monkeypatch.setitem(sys.modules, "tensorrt", simulation)
+    monkeypatch.setattr(cuda, "bindings", lambda: device)
+    tensorrt_log._logger.cache_clear()
+    yield simulation
+    tensorrt_log._logger.cache_clear()
+
+
+@pytest.fixture
+def onnx(tmp_path: Path) -> Path:
+    path = tmp_path / "part.onnx"
+    path.write_text(json.dumps(GRAPH), encoding="utf-8")
+    return path
+
+
+def test_the_plan_its_sidecar_and_its_log(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    plan, options = tmp_path / "out" / "part.plan", BuildOptions(ranges=RANGES, workspace_mib=512)
+    info = build_engine(onnx, plan, options)
+    assert info == load_info(plan)
+    assert (info.gpu, info.capability, info.tensorrt) == ("NVIDIA H100 80GB HBM3", (9, 0), trt.version)
+    assert (info.onnx, info.onnx_sha256) == ("part.onnx", sha256_of(onnx))
+    assert info.inputs == (PlanTensor("labels", ("batch", 1), "int32"), PlanTensor("x", ("batch", 3), "float16"))
+    assert info.outputs == (PlanTensor("y", ("y_0", 3), "float32"),)
+    assert info.options == options
+    assert info.strongly_typed == (trt.version != "8.6.0")
+    assert executed_layers(plan) == {"a.qkv": Executed("INT8 GEMM", "gemm")}
+    assert plan.with_name("part.plan.log").is_file()
+
+
+def test_what_the_builder_is_told(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    options = BuildOptions(
+        ranges=RANGES, workspace_mib=512, optimization_level=5, version_compatible=True, hardware_compatible=True,
+        refittable=True, timing_cache=str(tmp_path / "timings"),
+    )  # fmt: skip
+    build_engine(onnx, tmp_path / "part.plan", options)
+    flags = trt.BuilderFlag
+    weak = ["FP16", "INT8"] if trt.version == "8.6.0" else []
+    expected = [(getattr(flags, name),) for name in (*weak, "VERSION_COMPATIBLE", "REFIT")]
+    assert trt.values("IBuilderConfig.set_flag") == expected
+    assert trt.values("IBuilderConfig.builder_optimization_level") == [5]
+    assert trt.values("IBuilderConfig.profiling_verbosity") == [trt.ProfilingVerbosity.DETAILED]
+    assert trt.values("IBuilderConfig.set_memory_pool_limit") == [(trt.MemoryPoolType.WORKSPACE, 512 << 20)]
+    assert trt.values("IBuilderConfig.hardware_compatibility_level") == [trt.HardwareCompatibilityLevel.AMPERE_PLUS]
+    shapes = [("labels", (1, 1), (2, 1), (4, 1)), ("x", (1, 3), (2, 3), (4, 3))]
+    assert trt.values("IOptimizationProfile.set_shape") == shapes
+    assert len(trt.values("IBuilderConfig.add_optimization_profile")) == 1
+
+
+def test_float32_where_it_is_asked_for(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    """By name or by metadata; nothing is asked of constants and whole numbers, nor of a graph that has types."""
+    names = ("a.qkv/MatMul", "angles/Sin", "angles/Constant", "angles/Shape", "gone")
+    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, float32=names))
+    weak = trt.version == "8.6.0"
+    assert trt.values("ILayer.precision") == ([trt.DataType.FLOAT] * 2 if weak else [])
+    assert trt.values("ILayer.set_output_type") == ([(0, trt.DataType.FLOAT)] * 2 if weak else [])
+    assert ("gone: no layer to keep in float32" in info.warnings) == weak
+    assert info == load_info(tmp_path / "part.plan")
+    if weak:
+        assert (trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS,) in trt.values("IBuilderConfig.set_flag")
+
+
+def test_a_static_graph_has_no_profile(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    onnx.write_text(json.dumps(STATIC), encoding="utf-8")
+    info = build_engine(onnx, tmp_path / "part.plan")
+    assert [tensor.shape for tensor in (*info.inputs, *info.outputs)] == [(2, 1), (2, 3), (2, 3)]
+    assert not trt.values("IBuilderConfig.add_optimization_profile")
+    assert not trt.values("IBuilderConfig.set_memory_pool_limit")
+
+
+def test_timings_are_kept_and_reused(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    options = BuildOptions(ranges=RANGES, timing_cache=str(tmp_path))
+    for content in (b"!", b"!!"):
+        build_engine(onnx, tmp_path / "part.plan", options)
+        assert (tmp_path / f"tensorrt-{trt.version}-nvidia-h100-80gb-hbm3.cache").read_bytes() == content
+
+
+def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
+    cache.write_bytes(b"of another driver")
+    trt.fails["IBuilderConfig.set_timing_cache"] = False
+    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
+    assert f"{cache.name} does not fit; timings are measured anew" in info.warnings
+    assert trt.values("IBuilderConfig.create_timing_cache") == [(b"of another driver",), (b"",)]
+
+
+def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    trt.fails["EngineInspector.get_engine_information"] = '{"Layers": [{"Name": "a "quoted" name"}]}'
+    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    assert "the engine inspector's account is no JSON: no layer is known" in info.warnings
+    unknown = Executed("unknown (the engine inspector does not name it)", "none")
+    assert executed_layers(tmp_path / "part.plan") == {"a.qkv": unknown}
+
+
+def test_progress(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES), lambda *step: seen.append(step))
+    own = [("Building Engine", step, 2) for step in range(3)] if trt.version != "8.6.0" else []
+    assert seen == [("parse", 0, 0), ("build", 0, 0), *own, ("inspect", 0, 0)]
+
+
+def test_who_watches_can_end_a_build(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    def interrupt(phase: str, step: int, steps: int) -> None:
+        if phase in ("Building Engine", "inspect"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES), interrupt)
+    assert not (tmp_path / "part.plan.json").exists()
+    assert len(trt.values("cancelled")) == (trt.version != "8.6.0"), "it does not wait for the end where it can"
+
+
+def test_a_refused_node_is_named(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    trt.fails["OnnxParser.parse_from_file"] = False
+    trt.says["OnnxParser.parse_from_file"] = [("ERROR", 'output: "652"\nname: "Range_271"\nop_type: "Range"\n')]
+    with pytest.raises(BadInput, match=rf"TensorRT {trt.version} does not take node Range_271 \(Range\): Invalid Node"):
+        build_engine(onnx, tmp_path / "part.plan")
+    assert "Range_271" in (tmp_path / "part.plan.log").read_text(encoding="utf-8")
+
+
+def test_out_of_memory(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    trt.fails["Builder.build_serialized_network"] = None
+    trt.says["Builder.build_serialized_network"] = [("ERROR", "2: Error Code 2: OutOfMemory (no further information)")]
+    plan = tmp_path / "part.plan"
+    plan.with_name("part.plan.json").write_text("of an older plan", encoding="utf-8")
+    with pytest.raises(MachineLacks, match=r"part\.onnx: the GPU's memory is not enough"):
+        build_engine(onnx, plan, BuildOptions(ranges=RANGES))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.onnx", "part.plan.log"]
+
+
+def test_a_builder_that_does_not_start(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    trt.fails["Builder"] = None
+    trt.says["Builder"] = [("WARNING", "CUDA initialization failure with error: 35. Please check")]
+    with pytest.raises(MachineLacks, match="CUDA does not start"):
+        build_engine(onnx, tmp_path / "part.plan")
+
+
+def test_what_is_missing(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="input labels has a dynamic side 'batch' without a range"):
+        build_engine(onnx, tmp_path / "part.plan")
+    with pytest.raises(BadInput, match=r"none\.onnx is missing"):
+        build_engine(tmp_path / "none.onnx", tmp_path / "part.plan")
+
+
+@pytest.mark.parametrize(
+    ("options", "strongly_typed", "quantized", "expected"),
+    [
+        (BuildOptions(), False, False, ("FP16",)),
+        (BuildOptions(), False, True, ("FP16", "INT8")),
+        (BuildOptions(fp16=False), False, False, ()),
+        (BuildOptions(float32=("node",)), False, False, ("FP16", "OBEY_PRECISION_CONSTRAINTS")),
+        (BuildOptions(float32=("node",)), True, False, ()),
+        (BuildOptions(), True, True, ()),
+        (BuildOptions(version_compatible=True), True, False, ("VERSION_COMPATIBLE",)),
+        (BuildOptions(refittable=True, hardware_compatible=True), True, False, ("REFIT",)),
+    ],
+)
+def test_flags(options: BuildOptions, strongly_typed: bool, quantized: bool, expected: tuple[str, ...]) -> None:
+    assert wanted_flags(options, strongly_typed=strongly_typed, quantized=quantized) == expected
+
+
+def test_profiles() -> None:
+    ranges = {"batch": (1, 1, 8), "prompts": (1, 4, 16)}
+    assert profile_shapes("point_coords", ("batch", "prompts", 2, 2), ranges) == (
+        (1, 1, 2, 2),
+        (1, 4, 2, 2),
+        (8, 16, 2, 2),
+    )

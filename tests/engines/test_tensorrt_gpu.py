@@ -1,0 +1,148 @@
+"""Building and running with the TensorRT at hand, on the GPU at hand: this interpreter's, or SAMQ_TENSORRT_PYTHON's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from samq.engines import tensorrt
+from samq.engines.tensorrt_plan import BuildOptions, executed_layers, load_info
+from samq.errors import BadInput, MachineLacks, UsageError
+
+pytestmark = pytest.mark.gpu
+
+INPUTS, OUTPUTS, TOKENS = 64, 128, 256
+WEIGHT = np.random.default_rng(0).standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
+SCALE = np.float32(1 / 32)
+STEP = np.abs(WEIGHT).max(axis=0) / 127
+CODES = np.round(WEIGHT / STEP).astype(np.int8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_tensorrt() -> None:
+    try:
+        tensorrt.about()
+    except MachineLacks as error:
+        pytest.skip(str(error))
+
+
+def graph(path: Path, batch: int | str = 1, *, quantized: bool = False) -> Path:
+    """x [batch, tokens, 64] → MatMul → + labels [batch, 1, 1] (int64) → y, with Q/DQ around the product or without."""
+    names = ("x", "weight")
+    constants = {"weight": WEIGHT}
+    nodes = []
+    if quantized:
+        constants = {"codes": CODES, "scale": np.array(SCALE), "step": STEP.astype(np.float32)}
+        constants |= {"zero": np.array(0, np.int8), "zeros": np.zeros(OUTPUTS, np.int8)}
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "a.layer/QuantizeLinear"),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], "a.layer/DequantizeLinear"),
+            helper.make_node("DequantizeLinear", ["codes", "step", "zeros"], ["w"], "a.layer/weight", axis=1),
+        ]
+        names = ("dq", "w")
+    nodes += [
+        helper.make_node("MatMul", names, ["product"], "a.layer/MatMul"),
+        helper.make_node("Cast", ["labels"], ["number"], "number", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["product", "number"], ["y"], "add"),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "graph",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, TOKENS, INPUTS]),
+            helper.make_tensor_value_info("labels", TensorProto.INT64, [batch, 1, 1]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, TOKENS, OUTPUTS])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def feeds(batch: int) -> dict[str, NDArray[Any]]:
+    x = np.random.default_rng(batch).standard_normal((batch, TOKENS, INPUTS)).astype(np.float32)
+    return {"x": x, "labels": np.arange(batch, dtype=np.int64)[:, None, None]}
+
+
+def expected(given: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    answer: NDArray[Any] = given["x"] @ WEIGHT + given["labels"]
+    return answer
+
+
+def relative_error(found: NDArray[Any], exact: NDArray[Any]) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_static_plan(tmp_path: Path, cuda_graph: bool) -> None:
+    plan, steps = tmp_path / "part.plan", []
+    options = BuildOptions(timing_cache=str(tmp_path / "timings"), workspace_mib=256)
+    info = tensorrt.build_engine(graph(tmp_path / "part.onnx"), plan, options, lambda *step: steps.append(step))
+    assert info == load_info(plan)
+    assert {"parse", "build", "inspect"} <= {phase for phase, _, _ in steps}
+    assert len(list((tmp_path / "timings").iterdir())) == 1
+    engine = tensorrt.open_engine(plan, cuda_graph=cuda_graph)
+    given = feeds(1)
+    for _ in range(3):
+        assert relative_error(engine.run(given)["y"], expected(given)) < 2e-3
+    times = engine.time(given, repeats=20)
+    assert len(times) == 20
+    assert min(times) > 0
+    with pytest.raises(BadInput, match="the engine takes"):
+        engine.run(feeds(2))
+    engine.close()
+
+
+def test_a_dynamic_plan(tmp_path: Path) -> None:
+    path, plan = graph(tmp_path / "part.onnx", "batch"), tmp_path / "part.plan"
+    with pytest.raises(UsageError, match="dynamic side 'batch'"):
+        tensorrt.build_engine(path, plan)
+    tensorrt.build_engine(path, plan, BuildOptions(ranges={"batch": (1, 2, 4)}))
+    engine = tensorrt.open_engine(plan, cuda_graph=True)
+    assert engine.shapes["x"] == ("batch", TOKENS, INPUTS)
+    for batch in (4, 1, 2, 2):
+        given = feeds(batch)
+        assert relative_error(engine.run(given)["y"], expected(given)) < 2e-3
+    engine.close()
+
+
+def test_int8_is_executed_and_told(tmp_path: Path) -> None:
+    path, plan = graph(tmp_path / "part.onnx", quantized=True), tmp_path / "part.plan"
+    tensorrt.build_engine(path, plan)
+    assert executed_layers(plan)["a.layer"].compute == "INT8 GEMM"
+    engine, given = tensorrt.open_engine(plan), feeds(1)
+    codes = np.clip(np.round(given["x"] / SCALE), -128, 127)
+    simulated = (codes * SCALE) @ (CODES * STEP) + given["labels"]
+    assert relative_error(engine.run(given)["y"], simulated) < 2e-3
+    engine.close()
+
+
+def test_float32_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    path, plan = graph(tmp_path / "part.onnx"), tmp_path / "part.plan"
+    info = tensorrt.build_engine(path, plan, BuildOptions(float32=("a.layer/MatMul",)))
+    assert executed_layers(plan)["a.layer"].compute == "FP32 GEMM"
+    assert not [text for text in info.warnings if "no layer to keep" in text]
+
+
+def test_an_operator_that_is_unknown_is_named(tmp_path: Path) -> None:
+    path = graph(tmp_path / "part.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, path)
+    with pytest.raises(BadInput, match=r"does not take node a\.layer/MatMul \(NoSuchOperator\)"):
+        tensorrt.build_engine(path, tmp_path / "part.plan")
+
+
+def test_a_file_that_is_no_plan_is_one_line(tmp_path: Path) -> None:
+    plan = tmp_path / "part.plan"
+    info = tensorrt.build_engine(graph(tmp_path / "part.onnx"), plan)
+    plan.write_bytes(bytes(info.plan_bytes))
+    with pytest.raises((BadInput, MachineLacks), match=r"part\.plan") as caught:
+        tensorrt.open_engine(plan)
+    assert "\n" not in str(caught.value)
