@@ -12,7 +12,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from samq.engines.base import Arrays, Executed
-from samq.errors import BadInput, MachineLacks
+from samq.errors import BadInput, MachineLacks, SamqError
 
 # Without VNNI, x64 kernels multiply u8 × s8 in saturating 16 bits unless told to be exact.
 EXACT_INT8 = ("session.x64quantprecision", "1")
@@ -60,9 +60,7 @@ class OnnxRuntimeEngine:
         try:
             answers = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except Exception as error:
-            if "Failed to allocate" in str(error) or "bad_alloc" in str(error):
-                raise MachineLacks(f"{self.path.name}: out of memory; use a smaller batch or --image-size") from error
-            raise BadInput(f"{self.path.name}: {_first_line(error)}") from error
+            raise told(self.path, error) from error
         return dict(zip(self.outputs, answers, strict=True))
 
 
@@ -90,6 +88,13 @@ def executed_layers(path: Path) -> dict[str, Executed]:
     return found
 
 
+def told(path: Path, error: Exception) -> SamqError:
+    """What a run's exception of the runtime means to the user."""
+    if "Failed to allocate" in str(error) or "bad_alloc" in str(error):
+        return MachineLacks(f"{path.name}: out of memory; use a smaller batch or --image-size")
+    return BadInput(f"{path.name}: {first_line(error)}")
+
+
 def _compute(node: onnx.NodeProto) -> str:
     if node.op_type != "MatMulNBits":
         return _EXECUTED.get(node.op_type, f"unknown ({node.op_type})")
@@ -111,8 +116,9 @@ def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
-        raise BadInput(f"{path}: ONNX Runtime does not take it ({_first_line(error)}); build it again") from error
+        raise BadInput(f"{path}: ONNX Runtime does not take it ({first_line(error)}); build it again") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its class where there is none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,417 @@
+"""ONNX Runtime on an NVIDIA GPU: the engine for graphs of `samq.export.lower_onnxruntime_cuda`.
+
+ONNX Runtime answers a CUDA provider that does not load by running on the CPU; here that is an error with its fix.
+Inputs and results lie in buffers on the GPU. Where every shape is static, the kernels are recorded as a CUDA graph and
+launched as one, for each of the hundreds of an encoder costs the host a few microseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import itertools
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from samq.engines.base import Executed
+from samq.engines.onnxruntime import INT8_ACCURACY, first_line, told
+from samq.errors import BadInput, MachineLacks, SamqError, UsageError
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+INSTALL = '`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "onnxruntime-gpu[cuda,cudnn]"`'
+WARM_UPS = 3
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+_GEMMS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+_ARITHMETIC = {"float": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """How the CUDA provider runs a graph.
+
+    Args:
+        device: number of the GPU.
+        cuda_graph: record and replay the kernels; None for wherever shapes are static.
+        memory_limit: bytes that the provider's arena may take, None for all there are.
+        arena: how the arena grows: to the next power of two, or by what is asked for.
+        conv_search: how cuDNN's algorithm for a convolution is chosen; "EXHAUSTIVE" times all at the first run.
+        nhwc: run convolutions channels last.
+        attention: kernel of fused attention, "default" for the provider's own order of preference.
+        mixed_gemm: multiply packed weights without dequantizing them first, where the layer's shape allows.
+        tunable: time the provider's tunable operators at the first run and take the fastest variants.
+    """
+
+    device: int = 0
+    cuda_graph: bool | None = None
+    memory_limit: int | None = None
+    arena: Literal["kNextPowerOfTwo", "kSameAsRequested"] = "kNextPowerOfTwo"
+    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"] = "EXHAUSTIVE"
+    nhwc: bool = False
+    attention: Literal["default", "flash", "efficient", "cudnn", "unfused"] = "default"
+    mixed_gemm: bool = False
+    tunable: bool = False
+
+    def for_provider(self, *, cuda_graph: bool) -> dict[str, str]:
+        """The provider's own options.
+
+        SkipLayerNormalization is always strict, which means the sums of LayerNormalization: in float32.
+        """
+        options = {
+            "device_id": str(self.device),
+            "enable_cuda_graph": str(int(cuda_graph)),
+            "arena_extend_strategy": self.arena,
+            "cudnn_conv_algo_search": self.conv_search,
+            "prefer_nhwc": str(int(self.nhwc)),
+            "tunable_op_enable": str(int(self.tunable)),
+            "tunable_op_tuning_enable": str(int(self.tunable)),
+            "enable_skip_layer_norm_strict_mode": "1",
+        }
+        if self.memory_limit is not None:
+            options["gpu_mem_limit"] = str(self.memory_limit)
+        if self.attention != "default":
+            options["sdpa_kernel"] = str({"flash": 1, "efficient": 2, "cudnn": 8, "unfused": 16}[self.attention])
+        return options
+
+
+class Overwritten(RuntimeError):
+    """A result on the device was read after its engine had run again (a bug of the caller)."""
+
+
+class OnDevice:
+    """A result that stays on the device, for another engine's `run` or for `np.asarray`.
+
+    It lives in its engine's buffer: after the engine's next run, reading it raises `Overwritten`.
+    """
+
+    def __init__(self, value: Any, io: DeviceIO) -> None:
+        self._value, self._io, self._run = value, io, io.runs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sides."""
+        return tuple(self._value.shape())
+
+    def value(self) -> Any:
+        """The runtime's own value.
+
+        Raises:
+            Overwritten: the buffer holds the result of a later run.
+        """
+        if self._run != self._io.runs:
+            raise Overwritten("this result was overwritten by a later run of its engine; copy it before that")
+        return self._value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array: NDArray[Any] = np.asarray(self.value().numpy(), dtype=dtype)
+        return array
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A session's inputs and outputs, bound to buffers: what `DeviceIO.execute` runs."""
+
+    binding: Any
+    run_options: Any
+
+
+class DeviceIO:
+    """Buffers on a device for the inputs and outputs of a session.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        device: "cuda" or "cpu".
+        number: which of them.
+        cuda_graph: the session replays graphs; each set of buffers has one of its own.
+    """
+
+    def __init__(self, session: Any, device: str, number: int = 0, *, cuda_graph: bool = False) -> None:
+        self.session, self.device, self.number, self.cuda_graph = session, device, number, cuda_graph
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
+        self.runs = 0
+        self._dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs()}
+        self._fed: dict[str, Any] = {}
+        self._results = {
+            value.name: self._buffer(value.shape, _DTYPES[value.type])
+            for value in session.get_outputs()
+            if is_static(value.shape)
+        }
+        self._graphs: dict[tuple[int, ...], int] = {}
+
+    def bind(self, feeds: Mapping[str, Any]) -> Bound:
+        """Copy arrays to the device, and bind them, results of other engines, and the outputs."""
+        binding = self.session.io_binding()
+        values = {name: self._on_device(name, feeds[name]) for name in self.inputs}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            if name in self._results:
+                binding.bind_ortvalue_output(name, self._results[name])
+            else:
+                binding.bind_output(name, self.device, self.number)
+        options = ort.RunOptions()
+        if self.cuda_graph:
+            pointers = tuple(value.data_ptr() for value in values.values())
+            options.add_run_config_entry("gpu_graph_id", str(self._graphs.setdefault(pointers, len(self._graphs) + 1)))
+        return Bound(binding, options)
+
+    def execute(self, bound: Bound) -> dict[str, OnDevice]:
+        """Run, wait for the device, and give the results, which the next call may overwrite."""
+        self.session.run_with_iobinding(bound.binding, bound.run_options)
+        bound.binding.synchronize_outputs()
+        self.runs += 1
+        results = bound.binding.get_outputs()
+        return {name: OnDevice(value, self) for name, value in zip(self.outputs, results, strict=True)}
+
+    def _on_device(self, name: str, fed: Any) -> Any:
+        if isinstance(fed, OnDevice):
+            return fed.value()
+        array: NDArray[Any] = np.ascontiguousarray(fed, dtype=self._dtypes[name])
+        if name not in self._fed or tuple(self._fed[name].shape()) != array.shape:
+            self._fed[name] = self._buffer(array.shape, array.dtype)
+        self._fed[name].update_inplace(array)
+        return self._fed[name]
+
+    def _buffer(self, shape: Sequence[int], dtype: Any) -> Any:
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.number)
+
+
+class OnnxRuntimeCudaEngine:
+    """One part of the model as an ONNX Runtime session on a GPU.
+
+    Args:
+        path: a lowered ONNX file.
+        options: see `CudaOptions`.
+        keep: let `run` give `OnDevice` results, which a decoder takes without a copy.
+
+    Raises:
+        BadInput: the file is missing, corrupt or not runnable.
+        MachineLacks: no CUDA provider, none of its libraries, or no GPU; the message says which.
+        UsageError: a CUDA graph was asked for, and shapes are dynamic.
+    """
+
+    def __init__(self, path: Path, options: CudaOptions | None = None, *, keep: bool = False) -> None:
+        self.path, self.options, self.keep = path, options or CudaOptions(), keep
+        if not path.is_file():
+            raise BadInput(f"{path} is missing; run `samq-export build` first")
+        replays = _replays(path, self.options)
+        self._io = DeviceIO(
+            cuda_session(path, self.options, cuda_graph=replays), "cuda", self.options.device, cuda_graph=replays
+        )
+        self.inputs, self.outputs = self._io.inputs, self._io.outputs
+        self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._io.session.get_inputs()}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name: arrays, or `OnDevice` (`keep`). `feeds` holds either, and may hold more than the inputs."""
+        try:
+            results = self._io.execute(self._io.bind(feeds))
+            return dict(results) if self.keep else {name: np.asarray(value) for name, value in results.items()}
+        except Overwritten:
+            raise
+        except Exception as error:
+            raise _told_of_gpu(self.path, error) from error
+
+    def time(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
+        """Milliseconds of each of `repeats` runs after a warm-up, inputs and results on the GPU throughout.
+
+        Host time from the call until the device has finished; copies to and from the host are not in it.
+        """
+        try:
+            return timed(self._io, self._io.bind(feeds), repeats)
+        except Overwritten:
+            raise
+        except Exception as error:
+            raise _told_of_gpu(self.path, error) from error
+
+
+def timed(device_io: DeviceIO, bound: Bound, repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` runs after `WARM_UPS`."""
+    taken = []
+    for repeat in range(WARM_UPS + repeats):
+        started = time.perf_counter()
+        device_io.execute(bound)
+        if repeat >= WARM_UPS:
+            taken.append(1000 * (time.perf_counter() - started))
+    return taken
+
+
+def cuda_session(path: Path, options: CudaOptions, *, cuda_graph: bool, profile: Path | None = None) -> Any:
+    """A session on the GPU.
+
+    Args:
+        profile: where the runtime writes its profile, see `executed_on_gpu`.
+
+    Raises:
+        BadInput, MachineLacks: see `OnnxRuntimeCudaEngine`.
+    """
+    require_cuda()
+    session_options = _session_options(profile)
+    if options.mixed_gemm:
+        session_options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
+    providers = [(CUDA, options.for_provider(cuda_graph=cuda_graph)), CPU]
+    try:
+        session = ort.InferenceSession(str(path), session_options, providers=providers, enable_fallback=0)
+    except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
+        raise _refused(path, error) from error
+    if CUDA not in session.get_providers():
+        raise MachineLacks("ONNX Runtime's CUDA provider loads but does not start; see whether `nvidia-smi` does")
+    return session
+
+
+@cache
+def require_cuda() -> None:
+    """Load the CUDA provider's library, and before it those that pip installed for it; once.
+
+    Raises:
+        MachineLacks: this onnxruntime has no CUDA provider, a library is missing, or there is no driver.
+    """
+    if CUDA not in ort.get_available_providers():
+        raise MachineLacks(f"onnxruntime {ort.__version__} has no CUDA provider; {INSTALL}")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses, which is told below
+        ort.preload_dlls()
+    folder = Path(ort.__file__).parent / "capi"
+    try:  # ONNX Runtime would keep the reason to itself
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        reason = first_line(error)
+        fix = "run on a machine with an NVIDIA driver" if "libcuda.so" in reason else INSTALL
+        raise MachineLacks(f"ONNX Runtime's CUDA provider does not load ({reason}); {fix}") from error
+
+
+def _refused(path: Path, error: Exception) -> SamqError:
+    """What an exception at the making of a session means to the user."""
+    text = first_line(error)
+    if "graph capture" in str(error):
+        return BadInput(f"{path}: not every operator runs on the GPU, so a CUDA graph cannot be recorded ({text})")
+    if "CUDA failure" in str(error) or "CUDA error" in str(error):
+        return MachineLacks(f"the GPU refuses ({text}); see `nvidia-smi`")
+    return BadInput(f"{path}: ONNX Runtime does not take it ({text}); build it again")
+
+
+def _told_of_gpu(path: Path, error: Exception) -> SamqError:
+    """What an exception of a run means to the user."""
+    if "CUDA failure 2" in str(error) or "out of memory" in str(error):
+        return MachineLacks(f"{path.name}: the GPU is out of memory; use a smaller batch or --image-size")
+    return told(path, error)
+
+
+def _replays(path: Path, options: CudaOptions) -> bool:
+    """Whether kernels are recorded as a CUDA graph."""
+    if options.cuda_graph is False:
+        return False
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:
+        raise BadInput(f"{path}: it is no ONNX file; build it again") from error
+    sides = [side for value in (*graph.input, *graph.output) for side in value.type.tensor_type.shape.dim]
+    static = all(side.HasField("dim_value") for side in sides)
+    if options.cuda_graph and not static:
+        raise UsageError(f"{path.name} has dynamic shapes, and a CUDA graph none; export with --static-shapes")
+    return static
+
+
+def is_static(shape: Sequence[int | str | None]) -> bool:
+    """Every side is a number."""
+    return all(isinstance(side, int) for side in shape)
+
+
+def _session_options(profile: Path | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return options
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a session executed, from the runtime's own profile of one run.
+
+    Args:
+        layers: by name.
+        operators: how often each operator ran, copies between host and device (Memcpy…) included.
+        elsewhere: nodes that did not run on the asked provider, with their operator.
+    """
+
+    layers: Mapping[str, Executed]
+    operators: Mapping[str, int]
+    elsewhere: tuple[str, ...]
+
+
+def executed_on_gpu(path: Path, options: CudaOptions | None = None) -> Execution:
+    """What ONNX Runtime executes on the GPU, from a profiled run on zeros; dynamic sides are 1.
+
+    Args:
+        path: a graph whose GEMM nodes are called `<layer>/MatMul…`.
+
+    Raises:
+        BadInput, MachineLacks: see `OnnxRuntimeCudaEngine`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = cuda_session(path, options or CudaOptions(), cuda_graph=False, profile=Path(folder) / "profile")
+        return executed_by(session, path, CUDA)
+
+
+def executed_by(session: Any, path: Path, provider: str) -> Execution:
+    """What a profiling session executes on zeros; see `executed_on_gpu`.
+
+    Args:
+        session: made with profiling enabled, from the file at `path`.
+        provider: that every node is expected on.
+    """
+    session.run(None, {value.name: _zeros(value) for value in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    attributes = {
+        node.name: {attribute.name: attribute.i for attribute in node.attribute}
+        for node in onnx.load(path, load_external_data=False).graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    layers, elsewhere = {}, []
+    for event in ran:
+        name, details = event["name"].removesuffix("_kernel_time"), event["args"]
+        on_provider = details["provider"] == provider
+        if not on_provider:
+            elsewhere.append(f"{name} ({details['op_name']})")
+        layer, _, role = name.partition("/")
+        if role.startswith("MatMul") and details["op_name"] != "Cast":  # those that the runtime inserts borrow names
+            compute = _compute(details, attributes.get(name, {}))
+            layers[layer] = Executed(compute if on_provider else f"{compute}, on the CPU", details["op_name"])
+    operators = Counter(event["args"]["op_name"] for event in ran)
+    return Execution(layers, dict(operators), tuple(elsewhere))
+
+
+def _compute(details: Mapping[str, Any], attributes: Mapping[str, int]) -> str:
+    """The arithmetic of one GEMM, in the words of `samq.engines.onnxruntime`."""
+    kinds = itertools.chain.from_iterable(details.get("input_type_shape", []))
+    arithmetic = _ARITHMETIC.get(next(kinds, ""), "unknown")
+    if details["op_name"] == "MatMulNBits":
+        quantizes = details["provider"] == CPU and attributes.get("accuracy_level", 0) == INT8_ACCURACY
+        return f"INT{attributes['bits']} weights, {'INT8' if quantizes else arithmetic} arithmetic"
+    return f"{arithmetic} GEMM" if details["op_name"] in _GEMMS else f"unknown ({details['op_name']})"
+
+
+def _zeros(value: Any) -> NDArray[Any]:
+    return np.zeros([side if isinstance(side, int) else 1 for side in value.shape], _DTYPES[value.type])

@@ -1,0 +1,224 @@
+"""Canonical Q/DQ graph → the graph that ONNX Runtime's CUDA provider runs: FP16 arithmetic, 4- and 8-bit weights.
+
+The provider has MatMulNBits for 4 and 8 bits and any shape (contrib_ops/cuda/quantization/matmul_nbits.cc, binary of
+1.31.1). It dequantizes into FP16 and calls cuBLAS. When asked for (`mixed_gemm` of the engine), and where the block is
+32, 64 or 128 and divides K, and 64 (4 bits) or 32 (8 bits) divides N, it multiplies packed weights in one CUTLASS
+kernel. It has no INT8 GEMM worth having: no MatMulIntegerToFloat and no QLinearMatMul, Q/DQ around a MatMul runs as an
+FP16 GEMM between two rounding passes, and what MatMulInteger gives takes several passes over INT32 to become FP16.
+
+| requested                          | lowered to                                                                |
+|------------------------------------|---------------------------------------------------------------------------|
+| float inputs, 4- or 8-bit weights  | MatMulNBits of those codes                                                |
+| INT8 inputs                        | the inputs stay FP16, for rounding them would buy no speed; MatMulNBits   |
+| … two-level 4-bit weights          | of their INT8 product with the group scale: 4 bits hold no such grid      |
+| low-rank branch                    | MatMuls in FP16                                                           |
+| linear layers in front of a Split  | one layer a part (`separate_parts`), which saves the copy                 |
+| what is computed from constants    | computed here: ONNX Runtime folds by CPU kernels, and lacks some in FP16  |
+
+The engine reports what INT8 inputs became as "FP16 arithmetic". Weights are what the simulation has, rounded once to
+FP16 where code × scale needs more than 11 bits, and twice where they are asymmetric: CUDA subtracts scale × zero-point
+from the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from samq.export.canonical import Gemm, GemmWeight, read_gemms
+from samq.export.fold import fold_constants
+from samq.export.fuse_attention import (
+    CONTRIB,
+    Rewrite,
+    add_bias_last,
+    fuse_attention,
+    fuse_bias_gelu,
+    fuse_skip_layer_norm,
+    pair_maxima,
+)
+from samq.export.graph import Writer, add_initializer, constant_of, remove_unused, replace_value
+from samq.export.half import to_fp16
+from samq.export.lower_onnxruntime import BLOCK_SIZES, _packed
+
+FLOAT = ir.DataType.FLOAT
+FP32_ON_CPU = 1  # accuracy_level of MatMulNBits; the CUDA provider ignores it
+ROW_INPUTS = (1, 2, 3)  # of MatMulNBits: codes, scales and zero-points, all [N, …]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph for the CUDA provider.
+
+    Args:
+        model: FP16 arithmetic, float32 inputs and outputs.
+        rewrites: what each rewrite did, in order.
+    """
+
+    model: ir.Model
+    rewrites: tuple[Rewrite, ...]
+
+
+def lower_for_onnxruntime_cuda(
+    model: ir.Model, *, packed: bool = True, separate: bool = True, pairs: bool = True
+) -> Lowered:
+    """Lower a canonical or a float model in place.
+
+    Args:
+        packed: keep weights in 4 and 8 bits; otherwise they are dequantized here, once, into FP16. That is the faster
+            graph where dequantizing at every run costs more than reading FP16 weights.
+        separate: see `separate_parts`.
+        pairs: see `pair_maxima`.
+
+    Raises:
+        BadInput: a constant is too large for FP16.
+    """
+    fold_constants(model)
+    rewrites = [fuse_attention(model)]
+    _lower_gemms(model, packed)
+    rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
+    if separate:
+        rewrites.append(separate_parts(model))
+    if pairs:
+        rewrites.append(pair_maxima(model))
+    return Lowered(to_fp16(model), tuple(rewrites))
+
+
+def _lower_gemms(model: ir.Model, packed: bool) -> None:
+    for gemm in read_gemms(model):
+        writer = Writer(model.graph, gemm.node, gemm.layer)
+        x = gemm.node.inputs[0] if gemm.inputs is None else gemm.inputs.source
+        if packed:
+            replace_value(model.graph, gemm.node.outputs[0], _matmul_nbits(writer, gemm, x))
+            model.graph.remove(gemm.node, safe=True)
+        else:
+            gemm.node.replace_input_with(0, x)
+            gemm.node.replace_input_with(1, writer.constant(gemm.weight.dequantized(), "dequantized"))
+    model.graph.opset_imports[CONTRIB] = 1
+    remove_unused(model)
+
+
+def _matmul_nbits(writer: Writer, gemm: Gemm, x: ir.Value | None) -> ir.Value:
+    weight = _single_level(gemm.weight)
+    inputs, outputs = weight.codes.shape
+    bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
+    block = _block_size(gemm.layer, weight)
+    blocks = -(-inputs // block)
+    packed, zero_points = _packed(weight, bits, block, blocks)
+    repeats = blocks if weight.scale.shape[0] == 1 else weight.group_size // block
+    operands = [
+        x,
+        writer.constant(packed, "packed"),
+        writer.constant(np.repeat(weight.scale, repeats, axis=0)[:blocks].T, "block_scale"),
+        *([] if zero_points is None else [writer.constant(zero_points, "block_zero_point")]),
+    ]
+    return writer.node(
+        "MatMulNBits", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape,
+        K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=FP32_ON_CPU,
+    )  # fmt: skip
+
+
+def _single_level(weight: GemmWeight) -> GemmWeight:
+    """The weight itself, or the INT8 product of a two-level one with its scale a channel."""
+    if weight.channel_scale is None:
+        return weight
+    codes = weight.integers().astype(np.int8)
+    return GemmWeight(codes, weight.channel_scale[None], None, None, group_size=codes.shape[0])
+
+
+def _block_size(layer: str, weight: GemmWeight) -> int:
+    """Largest block within a group that divides the inputs; the largest within a group where none does."""
+    inputs = weight.codes.shape[0]
+    fitting = [b for b in BLOCK_SIZES if weight.scale.shape[0] == 1 or weight.group_size % b == 0]
+    if not fitting:
+        raise ValueError(f"{layer}: groups of {weight.group_size} are no multiple of {BLOCK_SIZES[-1]}")
+    return next((block for block in fitting if inputs % block == 0), fitting[0])
+
+
+def separate_parts(model: ir.Model) -> Rewrite:
+    """Cut linear layers in front of a Split on the last axis (q, k and v in one) into one layer a part, in place.
+
+    Exact: columns of a product depend on the same columns of weight and bias alone.
+    """
+    count, refused = 0, []
+    for split in [node for node in model.graph if node.op_type == "Split"]:
+        reason = _why_inseparable(split)
+        if reason is not None:
+            refused.append(f"{split.outputs[0].name}: {reason}")
+            continue
+        for index, (part, columns) in enumerate(_parts(split)):
+            replace_value(model.graph, part, _columns(model.graph, split, split.inputs[0], columns, index))
+        count += 1
+    remove_unused(model)
+    return Rewrite("separate_parts", count, tuple(refused))
+
+
+def _parts(split: ir.Node) -> Iterator[tuple[ir.Value, slice]]:
+    """Results of a Split, and the columns of its input that each holds."""
+    start = 0
+    for part in split.outputs:
+        assert part.shape is not None
+        width = part.shape[-1]
+        assert isinstance(width, int)
+        yield part, slice(start, start + width)
+        start += width
+
+
+def _why_inseparable(split: ir.Node) -> str | None:
+    source = split.inputs[0]
+    if source is None or source.shape is None:
+        return "the shape of its input is not known"
+    axis = split.attributes.get("axis")
+    if (0 if axis is None else axis.as_int()) not in (-1, len(source.shape) - 1):
+        return "it is not over the last axis"
+    if any(part.shape is None or not isinstance(part.shape[-1], int) for part in split.outputs):
+        return "the widths of its parts are not known"
+    return None if _is_linear(source) else "its input is no linear layer that it alone reads"
+
+
+def _is_linear(value: ir.Value) -> bool:
+    """Sums and products with constants that nothing else reads, up to and with the weights."""
+    node = value.producer()
+    if node is None or len(value.uses()) != 1 or value.is_graph_output():
+        return False
+    if node.op_type == "Add":
+        return all(constant_of(term) is not None or (term is not None and _is_linear(term)) for term in node.inputs)
+    return node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and constant_of(node.inputs[1]) is not None)
+
+
+def _columns(graph: ir.Graph, anchor: ir.Node, value: ir.Value | None, columns: slice, part: int) -> ir.Value:
+    """Some columns of a value that `_is_linear`, computed alone in front of `anchor`."""
+    assert value is not None
+    constant = constant_of(value)
+    if constant is not None:
+        return add_initializer(graph, f"{value.name}/{part}", constant[..., columns])
+    node = value.producer()
+    assert node is not None
+    inputs = list(node.inputs)
+    attributes = {name: attribute for name, attribute in node.attributes.items() if name != "N"}
+    if node.op_type == "Add":
+        inputs = [_columns(graph, anchor, term, columns, part) for term in inputs]
+    elif node.op_type == "MatMul":
+        inputs[1] = _columns(graph, anchor, inputs[1], columns, part)
+    else:
+        attributes["N"] = ir.AttrInt64("N", columns.stop - columns.start)
+        for index in ROW_INPUTS[: len(inputs) - 1]:
+            inputs[index] = _rows(graph, inputs[index], columns, part)
+    new = ir.Node(node.domain, node.op_type, inputs, list(attributes.values()), name=f"{node.name}_{part}")
+    new.metadata_props.update(node.metadata_props)
+    output = new.outputs[0]
+    output.name, output.type = f"{value.name}_{part}", value.type
+    if value.shape is not None:
+        output.shape = ir.Shape([*value.shape[:-1], columns.stop - columns.start])
+    graph.insert_before(anchor, new)
+    return output
+
+
+def _rows(graph: ir.Graph, value: ir.Value | None, rows: slice, part: int) -> ir.Value:
+    constant: NDArray[np.generic] | None = constant_of(value)
+    assert value is not None
+    assert constant is not None
+    return add_initializer(graph, f"{value.name}/{part}", constant[rows])

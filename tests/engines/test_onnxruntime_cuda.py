@@ -1,0 +1,269 @@
+"""The CUDA engine: what it says without a GPU, its buffers (tried on the CPU), and, on a GPU, itself."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from exported import canonical, float_model, largest_error, quantized, skeleton
+from small_model import pixels, recipe_of
+
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
+from samq.calib.prompts import boxes
+from samq.engines import onnxruntime_cuda
+from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.engines.onnxruntime_cuda import (
+    CPU,
+    CUDA,
+    CudaOptions,
+    DeviceIO,
+    OnDevice,
+    OnnxRuntimeCudaEngine,
+    Overwritten,
+    cuda_session,
+    executed_by,
+    executed_on_gpu,
+    timed,
+)
+from samq.engines.predictor import Predictor, prompt_feeds
+from samq.errors import BadInput, MachineLacks, UsageError
+from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
+from samq.export.parts import float_part, save_part
+from samq.export.trace import StaticShape, trace
+
+
+def why_no_gpu() -> str:
+    """What keeps this machine from running the engine; empty where nothing does."""
+    try:
+        onnxruntime_cuda.require_cuda()
+    except MachineLacks as error:
+        return str(error)
+    return ""
+
+
+NO_GPU = why_no_gpu()
+on_gpu = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+without_cuda = pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this onnxruntime has a CUDA provider")
+
+W4 = recipe_of("int4_w4only_rtn")
+PIXELS = {"pixel_values": pixels(1, seed=3).numpy()}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small encoder with 4-bit weights, lowered for CUDA, dynamic in its batch."""
+    path = tmp_path_factory.mktemp("lowered") / "image_encoder.onnx"
+    save_part(lower_for_onnxruntime_cuda(canonical(W4, IMAGE_ENCODER)).model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The float parts with static shapes, lowered for CUDA."""
+    folder = tmp_path_factory.mktemp("static")
+    paths = folder / "image_encoder.onnx", folder / "mask_decoder.onnx"
+    for part, path in zip((IMAGE_ENCODER, MASK_DECODER), paths, strict=True):
+        model = float_part(trace(float_model(), part, StaticShape()), float_model(), half=False)
+        save_part(lower_for_onnxruntime_cuda(model).model, path)
+    return paths
+
+
+def on_cpu(path: Path, profile: Path | None = None) -> Any:
+    """A session on the CPU, for what does not depend on the device."""
+    options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return ort.InferenceSession(str(path), options, providers=[CPU])
+
+
+@without_cuda
+def test_an_onnxruntime_without_cuda_is_told_with_its_fix(encoder: Path) -> None:
+    with pytest.raises(MachineLacks, match=r"has no CUDA provider.*pip uninstall.*onnxruntime-gpu") as caught:
+        OnnxRuntimeCudaEngine(encoder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "fix"),
+    [("libcublasLt.so.13", "pip install"), ("libcuda.so.1", "a machine with an NVIDIA driver")],
+)
+def test_libraries_that_do_not_load_are_told_with_their_fix(
+    missing: str, fix: str, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime itself would go on, on the CPU."""
+
+    def load(*_: object, **__: object) -> None:
+        raise OSError(f"{missing}: cannot open shared object file: No such file or directory")
+
+    onnxruntime_cuda.require_cuda.cache_clear()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(MachineLacks, match=f"{missing}.*{fix}"):
+        OnnxRuntimeCudaEngine(encoder)
+    onnxruntime_cuda.require_cuda.cache_clear()
+
+
+def test_a_session_that_silently_runs_on_the_cpu_is_refused(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_cuda, "require_cuda", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: on_cpu_only)
+    on_cpu_only = on_cpu_session(encoder)
+    with pytest.raises(MachineLacks, match="does not start"):
+        cuda_session(encoder, CudaOptions(), cuda_graph=False)
+
+
+def on_cpu_session(path: Path) -> Any:
+    """A real session whose only provider is the CPU's."""
+    return ort.capi.onnxruntime_inference_collection.InferenceSession(str(path), providers=[CPU])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not onnx"])
+def test_a_file_that_is_no_model_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((BadInput, MachineLacks)) as caught:
+        OnnxRuntimeCudaEngine(path)
+    assert "\n" not in str(caught.value)
+    assert content is not None or isinstance(caught.value, BadInput)
+
+
+def test_a_cuda_graph_of_dynamic_shapes_is_refused(encoder: Path) -> None:
+    with pytest.raises(UsageError, match="dynamic shapes"):
+        OnnxRuntimeCudaEngine(encoder, CudaOptions(cuda_graph=True))
+
+
+def test_options_reach_the_provider() -> None:
+    options = CudaOptions(device=1, memory_limit=1 << 30, nhwc=True, attention="cudnn", conv_search="HEURISTIC")
+    given = options.for_provider(cuda_graph=True)
+    assert given["device_id"] == "1"
+    assert given["gpu_mem_limit"] == str(1 << 30)
+    assert given["prefer_nhwc"] == given["enable_cuda_graph"] == "1"
+    assert given["sdpa_kernel"] == "8"
+    assert given["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert given["enable_skip_layer_norm_strict_mode"] == "1"
+    assert "gpu_mem_limit" not in CudaOptions().for_provider(cuda_graph=False)
+
+
+def test_bound_buffers_give_what_a_plain_run_gives(parts: tuple[Path, Path]) -> None:
+    device_io = DeviceIO(on_cpu(parts[0]), "cpu")
+    expected = OnnxRuntimeEngine(parts[0]).run(PIXELS)
+    for feeds in (PIXELS, {"pixel_values": 2 * PIXELS["pixel_values"]}, PIXELS):
+        results = device_io.execute(device_io.bind(feeds))
+        arrays = {name: np.asarray(value) for name, value in results.items()}
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name])
+        assert results[name].shape == array.shape
+
+
+def test_dynamic_sides_may_change_from_run_to_run(encoder: Path) -> None:
+    device_io, engine = DeviceIO(on_cpu(encoder), "cpu"), OnnxRuntimeEngine(encoder)
+    for images in (1, 2, 1):
+        feeds = {"pixel_values": pixels(images, seed=images).numpy()}
+        results = device_io.execute(device_io.bind(feeds))
+        for name, expected in engine.run(feeds).items():
+            np.testing.assert_array_equal(np.asarray(results[name]), expected)
+
+
+def test_results_go_from_engine_to_engine_where_they_are(parts: tuple[Path, Path]) -> None:
+    encoder_io, decoder_io = (DeviceIO(on_cpu(path), "cpu") for path in parts)
+    features = encoder_io.execute(encoder_io.bind(PIXELS))
+    prompt = boxes(np.array([[20, 30, 90, 100]], np.float32))
+    feeds = prompt_feeds(features, prompt.coords, prompt.labels)  # type: ignore[arg-type]
+    found = decoder_io.execute(decoder_io.bind({**feeds, **features}))
+    plain = OnnxRuntimeEngine(parts[1]).run({**feeds, **OnnxRuntimeEngine(parts[0]).run(PIXELS)})
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), expected)
+
+
+def test_a_result_that_a_later_run_overwrote_cannot_be_read(parts: tuple[Path, Path]) -> None:
+    device_io = DeviceIO(on_cpu(parts[0]), "cpu")
+    first = device_io.execute(device_io.bind(PIXELS))["image_embeddings"]
+    assert isinstance(first, OnDevice)
+    np.asarray(first)
+    device_io.execute(device_io.bind(PIXELS))
+    with pytest.raises(Overwritten):
+        np.asarray(first)
+
+
+def test_a_time_for_each_repeat(parts: tuple[Path, Path]) -> None:
+    device_io = DeviceIO(on_cpu(parts[0]), "cpu")
+    taken = timed(device_io, device_io.bind(PIXELS), 3)
+    assert len(taken) == 3
+    assert min(taken) > 0
+
+
+def test_what_ran_is_read_from_the_profile(encoder: Path, tmp_path: Path) -> None:
+    execution = executed_by(on_cpu(encoder, tmp_path / "profile"), encoder, CPU)
+    layers = {name for name in quantized(W4).codes if name.startswith("vision_encoder.")}
+    assert execution.layers.keys() == layers
+    assert {executed.operator for executed in execution.layers.values()} == {"MatMulNBits"}
+    # which arithmetic the CPU has for FP16 is its own affair
+    assert {executed.compute.split(", ")[0] for executed in execution.layers.values()} == {"INT4 weights"}
+    assert execution.operators["MultiHeadAttention"] == 5
+    assert execution.elsewhere == ()
+
+
+def test_layers_that_leave_the_provider_are_named(encoder: Path, tmp_path: Path) -> None:
+    execution = executed_by(on_cpu(encoder, tmp_path / "profile"), encoder, CUDA)
+    layer = next(name for name in quantized(W4).codes if name.startswith("vision_encoder."))
+    assert execution.layers[layer].compute.endswith(", on the CPU")
+    assert any("MultiHeadAttention" in node for node in execution.elsewhere)
+
+
+def test_arithmetic_is_told_by_the_type_of_the_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    save_part(float_part(skeleton(IMAGE_ENCODER), float_model(), half=False), path)
+    layers = executed_by(on_cpu(path, tmp_path / "profile"), path, CPU).layers
+    assert {executed.compute for executed in layers.values()} == {"FP32 GEMM"}
+
+
+def test_quantized_activations_of_the_cpu_are_told(encoder: Path, tmp_path: Path) -> None:
+    model = onnx.load(encoder)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 4
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    layers = executed_by(on_cpu(path, tmp_path / "profile"), path, CPU).layers
+    assert "INT4 weights, INT8 arithmetic" in {executed.compute for executed in layers.values()}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("preset", ["int4_w4only_rtn", "int4_svdquant"])
+def test_the_gpu_computes_what_the_cpu_does(preset: str, tmp_path: Path) -> None:
+    path = tmp_path / "image_encoder.onnx"
+    save_part(lower_for_onnxruntime_cuda(canonical(recipe_of(preset), IMAGE_ENCODER)).model, path)
+    found, expected = OnnxRuntimeCudaEngine(path).run(PIXELS), OnnxRuntimeEngine(path).run(PIXELS)
+    for name, array in expected.items():
+        assert largest_error(found[name], array) < 1e-2
+    execution = executed_on_gpu(path)
+    assert not [name for name in execution.elsewhere if "MatMul" in name or "Attention" in name]
+    assert all(executed.compute.endswith("FP16 arithmetic") for executed in execution.layers.values())
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_pair_on_the_gpu_answers_as_on_the_cpu(parts: tuple[Path, Path]) -> None:
+    """Static shapes: both run as CUDA graphs, and the features stay on the GPU."""
+    gpu = Predictor(OnnxRuntimeCudaEngine(parts[0], keep=True), OnnxRuntimeCudaEngine(parts[1]))
+    cpu = Predictor(*(OnnxRuntimeEngine(path) for path in parts))
+    prompt = boxes(np.array([[20, 30, 90, 100]], np.float32))
+    for seed in (1, 2):
+        image = pixels(1, seed)[0].numpy()
+        found = gpu.decode(gpu.encode(image), prompt.coords, prompt.labels)
+        expected = cpu.decode(cpu.encode(image), prompt.coords, prompt.labels)
+        assert largest_error(found.masks, expected.masks) < 2e-2
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_times_on_the_gpu(parts: tuple[Path, Path]) -> None:
+    assert len(OnnxRuntimeCudaEngine(parts[0]).time(PIXELS, 5)) == 5
