@@ -1,0 +1,243 @@
+"""Canonical Q/DQ graph, or the float baseline → the graph that TensorRT executes as asked for.
+
+TensorRT fuses Q/DQ patterns into kernels, and only some. So each layer gets exactly the pattern that it fuses:
+
+| requested                                   | lowered to                                                           |
+|---------------------------------------------|----------------------------------------------------------------------|
+| INT8 inputs, one static symmetric scale     | x → Q → DQ → MatMul ← DQ ← INT8 weight, one scale an output channel  |
+| float inputs, 4-bit weights (trt10, trt11)  | x → MatMul ← DQ ← INT4 weight in blocks of 128 or 64 inputs          |
+| what the target has not                     | refused, or float weights, which `LoweredLayer.reason` explains      |
+
+Two-level weights become their INT8 product, which is exact. Layers that read one tensor through equal scales share one
+Q/DQ. Weights are constants [K, N], with nothing between DQ and MatMul. TensorRT 8.6 takes weights as float32 constants
+in front of Q → DQ of one scale; (code · scale) / scale rounds to the code, as code · scale is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from samq.errors import UsageError
+from samq.export.canonical import Gemm, GemmInputs, read_gemms
+from samq.export.fold import fold_constants
+from samq.export.graph import (
+    LAYER_KEY,
+    ROLE_KEY,
+    Writer,
+    constant_of,
+    producer,
+    remove_unused,
+    replace_value,
+)
+from samq.export.half import needing_float32, to_fp16
+from samq.export.opset17 import to_opset17
+from samq.export.split_projections import split_projections
+from samq.export.tensorrt_operators import fit_operators
+from samq.export.tensorrt_targets import TensorRtTarget
+from samq.export.tensorrt_weights import int4_blocks, int4_weight, int8_weight, rounded_to_int8
+
+FLOAT = ir.DataType.FLOAT
+SMALLEST_GEMM = 16  # inputs or outputs; INT8 tensor cores take K in steps of 16 and more
+UNSIGNED_ZERO = 128  # the uint8 zero-point that is int8's 0
+FLOAT_GEMM, INT8_GEMM, INT4_GEMM = "FP16 GEMM", "INT8 GEMM", "INT4 weights, FP16 arithmetic"
+
+Branch = Literal["branch", "fold"]
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """What a linear layer became.
+
+    Args:
+        compute: in words.
+        reason: why that is not what was asked for; empty where it is.
+        branch: what became of its low-rank branch, "kept" or "folded"; empty without one.
+        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a folded branch.
+    """
+
+    compute: str
+    reason: str = ""
+    branch: Literal["", "kept", "folded"] = ""
+    fold_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered model.
+
+    Args:
+        model: the graph.
+        layers: every linear layer, in graph order.
+        float32: names of nodes that a weakly typed build must keep in float32 (`samq.export.half` says why); empty for
+            strongly typed targets, whose graph says it.
+    """
+
+    model: ir.Model
+    layers: dict[str, LoweredLayer]
+    float32: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """The nodes x → down → up → sum of one layer."""
+
+    down: ir.Node
+    up: ir.Node
+    sum: ir.Node
+
+    def product(self) -> NDArray[np.float64]:
+        """down · up, [K, N]."""
+        down, up = constant_of(self.down.inputs[1]), constant_of(self.up.inputs[1])
+        assert down is not None
+        assert up is not None
+        product: NDArray[np.float64] = down.astype(np.float64) @ up.astype(np.float64)
+        return product
+
+
+def lower_for_tensorrt(
+    model: ir.Model, target: TensorRtTarget, low_rank: Branch = "branch", *, split_qkv: bool = False
+) -> Lowered:
+    """Lower a canonical model or a float baseline in place.
+
+    Args:
+        model: opset 21, float32 arithmetic. TensorRT optimizes static shapes best.
+        target: from `samq.export.tensorrt_targets.TARGETS`.
+        low_rank: keep low-rank branches beside INT8 GEMMs, or add them to the INT8 weight and round that again.
+        split_qkv: one GEMM for each of query, key and value.
+
+    Raises:
+        UsageError: the quantization of a layer cannot be expressed for this target; the message names layer and fix.
+    """
+    fold_constants(model)
+    layers = _lower_layers(model, target, low_rank)
+    if split_qkv:
+        split_projections(model)
+    fit_operators(model.graph, target)
+    exact: set[ir.Node] = set()
+    if target.strongly_typed:
+        to_fp16(model)
+    else:
+        exact = needing_float32(model.graph)
+        to_opset17(model)
+    return Lowered(model, layers, tuple(str(node.name) for node in model.graph if node in exact))
+
+
+def _lower_layers(model: ir.Model, target: TensorRtTarget, low_rank: Branch) -> dict[str, LoweredLayer]:
+    graph = model.graph
+    names = [n.metadata_props[LAYER_KEY] for n in graph if n.op_type == "MatMul" and LAYER_KEY in n.metadata_props]
+    layers = {name: LoweredLayer(FLOAT_GEMM) for name in names}
+    branches = _branches(graph)
+    lowering = _Lowering(graph, target, low_rank)
+    for gemm in read_gemms(model):
+        layers[gemm.layer] = lowering.lowered(gemm, branches.get(gemm.layer))
+    remove_unused(model)
+    return layers
+
+
+def _branches(graph: ir.Graph) -> dict[str, _LowRank]:
+    """The low-rank branch of each layer that has one."""
+    found = {}
+    for node in graph:
+        if node.op_type == "Add" and ROLE_KEY in node.metadata_props:
+            up = producer(node.inputs[1], "MatMul")
+            down = producer(None if up is None else up.inputs[0], "MatMul")
+            assert up is not None
+            assert down is not None
+            found[node.metadata_props[LAYER_KEY]] = _LowRank(down, up, node)
+    return found
+
+
+class _Lowering:
+    """Writes the pattern of each layer and keeps the Q/DQ that layers share."""
+
+    def __init__(self, graph: ir.Graph, target: TensorRtTarget, low_rank: Branch) -> None:
+        self.graph, self.target, self.low_rank = graph, target, low_rank
+        self.shared: dict[tuple[ir.Value, float], ir.Value] = {}
+
+    def lowered(self, gemm: Gemm, branch: _LowRank | None) -> LoweredLayer:
+        """Rewrite one layer's MatMul."""
+        writer = Writer(self.graph, gemm.node, gemm.layer)
+        if gemm.inputs is not None:
+            scale = _static_scale(gemm.layer, gemm.inputs)  # refuses what no engine has, whatever the size
+            if min(gemm.weight.codes.shape) >= SMALLEST_GEMM:
+                return self._int8(writer, gemm, gemm.inputs, scale, branch)
+        layer = self._float_inputs(writer, gemm)
+        return layer if branch is None else replace(layer, branch="kept")
+
+    def _int8(
+        self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None
+    ) -> LoweredLayer:
+        weight = gemm.weight.int8()
+        if weight is None:
+            raise UsageError(
+                f"{gemm.layer}: TensorRT multiplies INT8 inputs by INT8 weights with one scale an output channel; "
+                "set wgts.dtype to sint4, or to sint8 with group_shapes: [[1, -1]]"
+            )
+        error = None
+        if branch is not None and self.low_rank == "fold":
+            codes, scales, error = rounded_to_int8(gemm.weight.dequantized() + branch.product())
+            weight = codes, scales
+            assert branch.sum.inputs[0] is not None
+            replace_value(self.graph, branch.sum.outputs[0], branch.sum.inputs[0])
+        gemm.node.replace_input_with(0, self._quantized(writer, inputs, scale))
+        gemm.node.replace_input_with(1, int8_weight(writer, *weight, self.target))
+        kept: Literal["", "kept", "folded"] = "" if branch is None else "kept" if error is None else "folded"
+        return LoweredLayer(INT8_GEMM, branch=kept, fold_error=error)
+
+    def _quantized(self, writer: Writer, inputs: GemmInputs, scale: float) -> ir.Value:
+        """Q → DQ of the inputs, one for all layers that read them through the same scale."""
+        key = (inputs.source, scale)
+        if key not in self.shared:
+            source, shape = inputs.source, inputs.source.shape
+            parameters = [
+                writer.constant(np.array(scale, np.float32), "int8_input_scale"),
+                writer.constant(np.array(0, np.int8), "int8_input_zero"),
+            ]
+            codes = writer.node(
+                "QuantizeLinear", [source, *parameters], "quantize_input", dtype=ir.DataType.INT8, shape=shape
+            )
+            self.shared[key] = writer.node(
+                "DequantizeLinear", [codes, *parameters], "dequantize_input", dtype=FLOAT, shape=shape
+            )
+        return self.shared[key]
+
+    def _float_inputs(self, writer: Writer, gemm: Gemm) -> LoweredLayer:
+        """INT4 blocks where the target has them, else float weights."""
+        if gemm.inputs is not None:
+            gemm.node.replace_input_with(0, gemm.inputs.source)
+            sizes = " × ".join(map(str, gemm.weight.codes.shape))
+            reason = f"{sizes}: an INT8 GEMM wants {SMALLEST_GEMM} inputs and outputs or more"
+        else:
+            blocks = int4_blocks(gemm.weight, self.target)
+            if not isinstance(blocks, str):
+                gemm.node.replace_input_with(1, int4_weight(writer, blocks))
+                return LoweredLayer(INT4_GEMM)
+            reason = blocks
+        gemm.node.replace_input_with(1, writer.constant(gemm.weight.dequantized(), "dequantized"))
+        return LoweredLayer(FLOAT_GEMM, f"weights dequantized: {reason}")
+
+
+def _static_scale(layer: str, inputs: GemmInputs) -> float:
+    """The one constant scale of symmetric INT8 inputs.
+
+    Raises:
+        UsageError: the scale is dynamic, or the zero-point is not int8's 0 (uint8's 128).
+    """
+    scale, zero_point = constant_of(inputs.scale), constant_of(inputs.zero_point)
+    if scale is None or inputs.per_token:
+        raise UsageError(
+            f"{layer}: no TensorRT release computes INT8 scales while running; "
+            "set ipts.granularity: per_tensor and ipts.mode: static"
+        )
+    assert zero_point is not None
+    if int(zero_point) != (UNSIGNED_ZERO if zero_point.dtype == np.uint8 else 0):
+        raise UsageError(
+            f"{layer}: TensorRT's INT8 inputs are symmetric, and this zero-point is {int(zero_point)}; "
+            "set ipts.dtype: sint8"
+        )
+    return float(scale)
