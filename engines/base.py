@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -25,6 +25,15 @@ class Engine(Protocol):
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name; `feeds` may hold more than the inputs."""
+        ...
+
+
+@runtime_checkable
+class TimedEngine(Protocol):
+    """An engine that takes the time of its own runs, on its device and without the way there and back."""
+
+    def time(self, feeds: Arrays, repeats: int) -> list[float]:
+        """Milliseconds of each of `repeats` runs, after a warm-up."""
         ...
 
 

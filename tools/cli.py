@@ -20,6 +20,7 @@ from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageErr
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
 DEFAULT_CONFIG = "int4_svdquant"
 INTERRUPTED = 130
+USUAL_SIZES = {"batch": 1, "prompts": 1, "points": 2}  # of a TensorRT plan's dynamic sides
 
 EPILOG = """
 \b
@@ -57,10 +58,44 @@ _talk = _options(
     click.option("--quiet", is_flag=True, help="No messages but errors."),
 )
 _device = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="For calibration and PTQ."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="For calibration, PTQ and ONNX Runtime.  [default: cpu, or as in the stages before]",
 )
-_engine = click.option(
-    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What will run it."
+_engine = _options(
+    click.option(
+        "--engine",
+        type=click.Choice(["onnxruntime", "tensorrt"]),
+        default="onnxruntime",
+        show_default=True,
+        help="What will run it: ONNX Runtime, on the --device, or TensorRT.",
+    ),
+    click.option("--optimization-level", type=click.IntRange(0, 5), help="How long TensorRT searches.  [default: 3]"),
+    click.option("--workspace-mib", type=click.IntRange(1), help="Limit of TensorRT's scratch memory."),
+    click.option(
+        "--timing-cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of TensorRT's kernel timings, which are kept and used again.",
+    ),
+    click.option("--version-compatible", is_flag=True, help="TensorRT plans for later versions of the same major one."),
+    click.option("--hardware-compatible", is_flag=True, help="TensorRT plans for every GPU from Ampere on; slower."),
+    click.option("--refittable", is_flag=True, help="TensorRT plans whose weights can be replaced."),
+    *(
+        click.option(f"--max-{side}", type=click.IntRange(1), help=f"Most {side} of a plan with --dynamic-shapes.")
+        for side in ("batch", "prompts", "points")
+    ),
+)
+_target = _options(
+    click.option(
+        "--target",
+        type=click.Choice(["trt8", "trt10", "trt11"]),
+        help="Lower for this TensorRT: 8.6, 10 or 11.  [default: the one at hand]",
+    ),
+    click.option(
+        "--low-rank",
+        type=click.Choice(["branch", "fold"]),
+        help="In TensorRT: low-rank branches beside INT8 GEMMs, or added to the INT8 weights.  [default: branch]",
+    ),
 )
 _what = _options(
     click.option(
@@ -93,7 +128,9 @@ _model = _options(
     click.option("--allow-pickle", is_flag=True, help="Accept a pickled checkpoint (read with weights_only)."),
 )
 _static = click.option(
-    "--static-shapes", is_flag=True, help="Export for one image, one prompt and two points instead of any number."
+    "--static-shapes/--dynamic-shapes",
+    default=None,
+    help="Export for one image, one prompt and two points, or for any number.  [default: static for TensorRT]",
 )
 _gates = _options(
     click.option("--min-relative-miou", type=click.FloatRange(0, 1), help="Exit 3 below this accuracy."),
@@ -131,6 +168,7 @@ def cli() -> None:
 @_what
 @_static
 @_engine
+@_target
 @_evaluation
 @_gates
 @_output
@@ -149,6 +187,7 @@ def run(**options: Any) -> None:
 @_what
 @_static
 @_engine
+@_target
 @_evaluation
 @_gates
 @_output
@@ -173,20 +212,29 @@ def quantize(**options: Any) -> None:
 
 @cli.command()
 @_static
+@_target
 @_output
 @_talk
 def export(**options: Any) -> None:
-    """Quantized weights to Q/DQ ONNX, with the float baseline beside it."""
-    _go_on(options, "export", static_shapes=options["static_shapes"])
+    """Quantized weights to Q/DQ ONNX, with the float baseline beside it.
+
+    \b
+    With --target also lowered for a TensorRT that need not be installed: engines/TARGET/.
+    """
+    _go_on(options, "export", **{name: options[name] for name in ("static_shapes", "target", "low_rank")})
 
 
 @cli.command()
+@_static
 @_engine
+@_target
+@_device
 @_output
 @_talk
 def build(**options: Any) -> None:
     """Q/DQ ONNX to an engine."""
-    _go_on(options, "build", engine=options["engine"])
+    chosen = {name: options[name] for name in ("engine", "target", "low_rank", "device", "static_shapes")}
+    _go_on(options, "build", build_options=_build_options(options), **chosen)
 
 
 @cli.command()
@@ -212,6 +260,19 @@ def doctor(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
 
 
+def _build_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says about the TensorRT builder, as JSON values."""
+    names = ("optimization_level", "workspace_mib", "version_compatible", "hardware_compatible", "refittable")
+    chosen = {name: options[name] for name in names if options.get(name)}
+    if options.get("timing_cache"):
+        chosen["timing_cache"] = str(options["timing_cache"].resolve())
+    ranges = {side: options.get(f"max_{side}") for side in USUAL_SIZES}
+    if any(ranges.values()):
+        most = {side: most or USUAL_SIZES[side] for side, most in ranges.items()}
+        chosen["ranges"] = {side: [1, min(USUAL_SIZES[side], size), size] for side, size in most.items()}
+    return chosen
+
+
 def _whole_job(options: dict[str, Any]) -> None:
     _start(options, stages=("quantize", "export", "build", "validate"))
 
@@ -223,10 +284,12 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     from samq.tools.plan_table import plan_as_json, print_plan
     from samq.tools.progress import Reporter
     from samq.tools.stages import claim, load, recipe_of, run_stages
+    from samq.tools.targets import target_of
 
     reporter = Reporter(options["quiet"])
     recipe = recipe_of(options["config"], options["num_calib_samples"])
-    job = Job.of(recipe, model=options["model_path"], **{key: options.get(key) for key in FIELDS if key != "model"})
+    given = {key: options.get(key) for key in FIELDS if key not in ("model", "build_options")}
+    job = Job.of(recipe, model=options["model_path"], build_options=_build_options(options), **given)
     if options["dry_run"]:
         model = load(job).model
         if options["as_json"]:
@@ -234,6 +297,8 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
         else:
             print_plan(model, recipe, job.parts)
         return
+    if "build" in stages:
+        target_of(job).require()
     data = open_data(job, recipe)
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
     check_gates_can_be_told(data, gates)

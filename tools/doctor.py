@@ -11,7 +11,8 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 
 from samq.quant.config import load_recipe, preset_names
-from samq.tools.report import environment, requested_compute
+from samq.tools.report import environment
+from samq.tools.targets import requests
 
 
 def examine() -> dict[str, Any]:
@@ -26,7 +27,7 @@ def examine() -> dict[str, Any]:
         "triton_client": _version("tritonclient"),
         "int8_instructions": _int8_instructions(),
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
-        "presets": {name: {"onnxruntime": requested_compute(load_recipe(name))} for name in preset_names()},
+        "presets": {name: requests(load_recipe(name)) for name in preset_names()},
     }
 
 

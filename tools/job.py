@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import samq
 from samq.calib.parts import PARTS
 from samq.calib.sources import ImageSource, absolute, open_source, split
 from samq.errors import BadInput, UsageError
+from samq.export.lower_tensorrt import Branch
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
@@ -32,11 +33,15 @@ class Job:
         eval_data: source of evaluation images, or None for the default.
         num_eval_samples: images to evaluate on.
         engine: name of the engine.
-        device: "cpu" or "cuda", for calibration and quantization.
+        target: a TensorRT target, or None for the version at hand.
+        low_rank: what becomes of low-rank branches in a TensorRT engine, "branch" or "fold".
+        build_options: what differs from the defaults of `samq.engines.tensorrt_plan.BuildOptions`.
+        device: "cpu" or "cuda", for calibration, quantization and ONNX Runtime.
         seed: of every random choice.
         parts: parts to quantize.
         image_size: side of the model's input in pixels, None for the checkpoint's.
-        static_shapes: export with one image, one prompt and two points instead of dynamic numbers.
+        static_shapes: export with one image, one prompt and two points instead of dynamic numbers; None for what
+            suits the engine.
         allow_pickle: accept a pickled checkpoint.
     """
 
@@ -45,11 +50,14 @@ class Job:
     eval_data: str | None = None
     num_eval_samples: int = 32
     engine: str = "onnxruntime"
+    target: str | None = None
+    low_rank: Branch = "branch"
+    build_options: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     seed: int = 0
     parts: tuple[str, ...] = PARTS
     image_size: int | None = None
-    static_shapes: bool = False
+    static_shapes: bool | None = None
     allow_pickle: bool = False
 
     @staticmethod
@@ -86,12 +94,19 @@ class Job:
             ) from error
 
     @property
+    def is_static(self) -> bool:
+        """Whether shapes are static: TensorRT optimizes them best, ONNX Runtime does not care."""
+        if self.static_shapes is None:
+            return self.engine == "tensorrt" or self.target is not None
+        return self.static_shapes
+
+    @property
     def is_demo(self) -> bool:
         """The job is about the shipped demo model."""
         return Path(self.model).resolve() == CHECKPOINT.resolve()
 
 
-FIELDS = tuple(field.name for field in fields(Job))
+FIELDS = tuple(entry.name for entry in fields(Job))
 
 
 @dataclass(frozen=True)

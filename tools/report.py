@@ -23,6 +23,7 @@ from samq.engines.base import Executed
 from samq.quant.config import Recipe
 from samq.tools.job import Data, Job
 from samq.tools.outdir import STAGES, OutputDir
+from samq.tools.targets import Target, requested_compute
 
 FLOAT = "float"
 
@@ -44,10 +45,12 @@ class Measured:
     executed: dict[str, Executed]
 
 
-def build_report(out: OutputDir, job: Job, recipe: Recipe, data: Data, measured: Measured) -> dict[str, Any]:
+def build_report(
+    out: OutputDir, job: Job, recipe: Recipe, data: Data, target: Target, measured: Measured
+) -> dict[str, Any]:
     """Put together what the stages left in the output directory and what `validate` measured."""
     accuracy = measured.accuracy
-    layers = _layers(out, recipe, measured)
+    layers = _layers(out, requested_compute(recipe, target.float_arithmetic), measured)
     quantized = [layer for layer in layers if layer["requested"] != FLOAT]
     lacks = [] if accuracy is not None else [f"accuracy and SQNR: no evaluation images ({data.origin})"]
     if accuracy is not None and accuracy["miou_baseline"] is None:
@@ -58,9 +61,10 @@ def build_report(out: OutputDir, job: Job, recipe: Recipe, data: Data, measured:
         "samq": samq.__version__,
         "model": job.model,
         "engine": job.engine,
+        "target": target.folder,
         "gates": [],
         "accuracy": accuracy or dict.fromkeys(_ACCURACY_KEYS),
-        "size": _sizes(out, job, quantized),
+        "size": _sizes(out, target, quantized),
         "latency": measured.latency,
         "layers": layers,
         "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
@@ -83,11 +87,6 @@ _ACCURACY_KEYS = (
     "by_kind",
     "prompts",
 )
-
-
-def requested_compute(recipe: Recipe) -> str:
-    """What an engine must execute for a quantized layer, in the words of `samq.engines`."""
-    return f"INT{recipe.wgts.bits} weights, FP32 arithmetic" if recipe.weight_only else "INT8 GEMM"
 
 
 def environment() -> dict[str, Any]:
@@ -113,9 +112,8 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _layers(out: OutputDir, recipe: Recipe, measured: Measured) -> list[dict[str, Any]]:
+def _layers(out: OutputDir, compute: str, measured: Measured) -> list[dict[str, Any]]:
     table = json.loads((out.path / "weights" / "layers.json").read_text(encoding="utf-8"))
-    compute = requested_compute(recipe)
     layers = []
     for row in table:
         found, decibels = measured.executed.get(row["name"]), measured.sqnr.get(row["name"])
@@ -142,13 +140,13 @@ def _layers(out: OutputDir, recipe: Recipe, measured: Measured) -> list[dict[str
     return layers
 
 
-def _sizes(out: OutputDir, job: Job, quantized: list[dict[str, Any]]) -> dict[str, Any]:
+def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> dict[str, Any]:
     folder = out.path / "onnx"
     files = {
         "onnx": [folder / f"{part}.onnx" for part in PARTS],
         "onnx_fp16": [folder / "fp16" / f"{part}.onnx" for part in PARTS],
         "onnx_fp32": [folder / "fp32" / f"{part}.onnx" for part in PARTS],
-        "engine": [out.path / "engines" / job.engine / f"{part}.onnx" for part in PARTS],
+        "engine": target.files(out.path / "engines" / target.folder),
     }
     sizes: dict[str, Any] = {f"{kind}_bytes": sum(map(_size, paths)) for kind, paths in files.items()}
     before = sum(layer["fp16_bytes"] for layer in quantized)

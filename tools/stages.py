@@ -10,19 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 from transformers import Sam2Model
 
 from samq.calib.checkpoint import Checkpoint, load_checkpoint
-from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
+from samq.calib.parts import PARTS
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import ImageSource, take
-from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
-from samq.engines.predictor import Predictor
-from samq.errors import BadInput, MachineLacks
-from samq.export.lower_onnxruntime import lower_for_onnxruntime
+from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import StaticShape, trace
 from samq.files import write_json, write_text
@@ -39,6 +35,7 @@ from samq.tools.outdir import OutputDir
 from samq.tools.progress import Reporter
 from samq.tools.report import Measured, build_report, to_markdown
 from samq.tools.sqnr import layer_sqnr
+from samq.tools.targets import target_of, tensorrt_target
 
 SQNR_IMAGES = 4
 
@@ -113,8 +110,9 @@ def _options_of(stage: str, job: Job) -> dict[str, Any]:
     """What besides the fingerprint decides a stage's result."""
     options: dict[str, dict[str, Any]] = {
         "quantize": {},
-        "export": {"static_shapes": job.static_shapes},
-        "build": {"engine": job.engine},
+        "export": {"static_shapes": job.is_static, "target": job.target, "low_rank": job.low_rank},
+        "build": {key: getattr(job, key) for key in ("engine", "target", "low_rank", "build_options")}
+        | {"device": job.device if job.engine == "onnxruntime" else None},
     }
     return options[stage]
 
@@ -213,7 +211,10 @@ def _copy_processor(source: Path, target: Path, paths: list[Path]) -> None:
 
 
 def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
-    """`weights/` and the checkpoint → `onnx/`: canonical Q/DQ parts, and the baseline in FP32 and FP16."""
+    """`weights/` and the checkpoint → `onnx/`: canonical Q/DQ parts, and the baseline in FP32 and FP16.
+
+    With a target named, the graphs are lowered for it too, so that only the engines are left to build elsewhere.
+    """
     out.require("quantize")
     started = time.perf_counter()
     baseline = _baseline(out, job)
@@ -222,7 +223,7 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     paths: list[Path] = []
     with reporter.track("export", 3 * len(PARTS)) as step:
         for part in PARTS:
-            skeleton = trace(baseline, part, StaticShape() if job.static_shapes else None)
+            skeleton = trace(baseline, part, StaticShape() if job.is_static else None)
             for name, fill in (
                 (f"fp32/{part}.onnx", partial(float_part, skeleton, baseline, half=False)),
                 (f"fp16/{part}.onnx", partial(float_part, skeleton, baseline, half=True)),
@@ -230,6 +231,10 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
             ):
                 paths += save_part(fill(), folder / name)
                 step()
+    if job.target is not None:
+        target = tensorrt_target(job)
+        with reporter.track(f"lower for {target.folder}", target.graphs) as step:
+            paths += target.lower(folder, out.path / "engines" / target.folder, step)
     out.record("export", paths, time.perf_counter() - started, options=_options_of("export", job))
 
 
@@ -246,17 +251,22 @@ def _baseline(out: OutputDir, job: Job) -> Sam2Model:
 
 
 def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
-    """`onnx/` → `engines/<engine>/`: the parts lowered for the engine, loaded once to see that they run."""
+    """`onnx/` → `engines/<target>/`: the parts lowered for the target, and its engines."""
     out.require("export")
     started = time.perf_counter()
-    folder = out.path / "engines" / job.engine
-    paths: list[Path] = []
-    with reporter.track("build", len(PARTS)) as step:
-        for part in PARTS:
-            lowered = lower_for_onnxruntime(ir.load(out.path / "onnx" / f"{part}.onnx"))
-            paths += save_part(lowered, folder / f"{part}.onnx")
-            OnnxRuntimeEngine(folder / f"{part}.onnx")
-            step()
+    target = target_of(job)
+    target.require()
+    exported = out.stages["export"]["options"]["static_shapes"]
+    if job.engine == "tensorrt" and exported != job.is_static:
+        kinds = ("dynamic", "static")
+        raise UsageError(
+            f"{out.path} was exported with {kinds[exported]} shapes, and this plan wants {kinds[job.is_static]} ones; "
+            f"run `samq-export export --target {target.folder}` first, or choose --{kinds[exported]}-shapes"
+        )
+    folder = out.path / "engines" / target.folder
+    with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
+        paths = target.lower(out.path / "onnx", folder, step)
+        paths += target.build(folder, step)
     out.record("build", paths, time.perf_counter() - started, options=_options_of("build", job))
 
 
@@ -271,8 +281,9 @@ def run_validate(
     out.require("build")
     started = time.perf_counter()
     check_gates_can_be_told(data, gates)
-    folder = out.path / "engines" / job.engine
-    baseline, quantized = _predictor(out.path / "onnx" / "fp32"), _predictor(folder)
+    target = target_of(job)
+    folder = out.path / "engines" / target.folder
+    baseline, quantized = target.open(out.path / "onnx", folder)
     image_size = int(baseline.encoder.shapes["pixel_values"][-1])
     processor = SamProcessor.from_checkpoint(out.path / "weights", image_size)
     records, accuracy, sqnr = [], None, {}
@@ -285,9 +296,13 @@ def run_validate(
         accuracy = summarize(records)
         sqnr = _sqnr(out, job, data.evaluation, processor, reporter)
     with reporter.track("latency", None):
-        latency = {"engine": job.engine, **measure_latency(baseline, quantized, image_size)}
-    executed = {k: v for part in PARTS for k, v in executed_layers(folder / f"{part}.onnx").items()}
-    report = build_report(out, job, recipe, data, Measured(accuracy, latency, sqnr, executed))
+        latency = {
+            "engine": job.engine,
+            "baseline": target.baseline,
+            **measure_latency(baseline, quantized, image_size),
+        }
+    measured = Measured(accuracy, latency, sqnr, target.executed(folder))
+    report = build_report(out, job, recipe, data, target, measured)
     report["gates"] = judge(report, gates)
     report["seconds"]["validate"] = round(time.perf_counter() - started, 3)
     write_json(out.path / "report" / "prompts.json", as_json(records))
@@ -296,11 +311,6 @@ def run_validate(
     names = ("prompts.json", "report.json", "report.md")
     out.record("validate", [out.path / "report" / name for name in names], time.perf_counter() - started)
     return report
-
-
-def _predictor(folder: Path) -> Predictor:
-    encoder, decoder = (OnnxRuntimeEngine(folder / f"{part}.onnx") for part in (IMAGE_ENCODER, MASK_DECODER))
-    return Predictor(encoder, decoder)
 
 
 def _sqnr(

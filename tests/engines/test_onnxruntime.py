@@ -16,7 +16,7 @@ from samq.errors import BadInput
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import save_part
 from samq.quant.config import Recipe
-from samq.tools.report import requested_compute
+from samq.tools.targets import requested_compute
 
 PER_TOKEN = recipe_of("int4_w4a8_rtn", ipts={"mode": "dynamic", "granularity": "per_token"})
 

@@ -33,7 +33,7 @@ from samq.export.parts import save_part
 from samq.quant.config import Recipe, preset_names
 from samq.quant.inputs import InputGrid
 from samq.quant.layers import LayerCodes
-from samq.tools.report import requested_compute
+from samq.tools.targets import requested_compute
 
 
 def engine_of(model: ir.Model, folder: Path) -> OnnxRuntimeEngine:

@@ -9,7 +9,7 @@ import pytest
 from samq.errors import AccuracyGateMissed, SpeedGateMissed
 from samq.quant.config import load_recipe
 from samq.tools.gates import judge, missed_gate
-from samq.tools.report import requested_compute
+from samq.tools.targets import requested_compute
 
 
 def _report(
@@ -43,3 +43,4 @@ def test_what_an_engine_must_execute_follows_the_format() -> None:
     assert requested_compute(load_recipe("int4_svdquant")) == "INT8 GEMM"
     assert requested_compute(load_recipe("int8_w8a8")) == "INT8 GEMM"
     assert requested_compute(load_recipe("int4_w4only")) == "INT4 weights, FP32 arithmetic"
+    assert requested_compute(load_recipe("int4_w4only"), "FP16") == "INT4 weights, FP16 arithmetic"

@@ -1,0 +1,157 @@
+"""Targets on the command line: graphs for engines that are not here, and what is said when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer, Inputs, refused, samq, whole_job
+from small_model import pixels
+
+from samq.calib.parts import PARTS
+from samq.engines import tensorrt
+from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.quant.config import load_recipe, preset_names
+from samq.tools.job import Job
+from samq.tools.latency import alternate
+from samq.tools.outdir import OutputDir
+from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, requests, target_of
+
+TENSORRT = ("trt8", "trt10", "trt11")
+
+
+@pytest.fixture
+def out(finished: tuple[Path, Answer], tmp_path: Path) -> Path:
+    """A copy of the finished job's output directory."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("target", TENSORRT)
+def test_graphs_are_lowered_where_no_tensorrt_is(out: Path, target: str) -> None:
+    answer = samq("export", "--output-dir", out, "--target", target)
+    assert answer.code == 0, answer.err
+    folder = out / "engines" / target
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    assert written == {f"{place}{part}.onnx" for place in ("", "fp16/") for part in PARTS} | {"lowering.json"}
+    directory = OutputDir.open(out)
+    assert directory.done("export")
+    assert {f"engines/{target}/{name}" for name in written} <= directory.stages["export"]["artifacts"].keys()
+    layers = json.loads((folder / "lowering.json").read_text())["image_encoder"]["layers"]
+    quantized = [layer for layer in layers.values() if layer["compute"] == "INT8 GEMM"]
+    assert len(quantized) + sum(bool(layer["reason"]) for layer in layers.values()) == 23
+
+
+def test_the_lowered_engines_answer_as_those_of_onnx_runtime(out: Path) -> None:
+    samq("export", "--output-dir", out, "--target", "trt8")
+    engines = out / "engines"
+    answers = [
+        OnnxRuntimeEngine(folder / "image_encoder.onnx").run({"pixel_values": pixels(1, 7).numpy()})
+        for folder in (engines / "onnxruntime", engines / "trt8", engines / "trt8" / "fp16")
+    ]
+    name = "image_encoder.onnx"
+    assert (engines / "trt8" / name).read_bytes() != (engines / "trt8" / "fp16" / name).read_bytes()
+    for output, expected in answers[0].items():
+        scale = float(np.abs(expected).max())
+        # The same INT8 products, summed and rounded elsewhere; the float baseline lies farther away.
+        assert np.abs(answers[1][output] - expected).mean() < 2e-3 * scale
+        assert np.abs(answers[2][output] - expected).mean() > np.abs(answers[1][output] - expected).mean()
+
+
+def test_a_branch_can_be_folded(out: Path) -> None:
+    samq("export", "--output-dir", out, "--target", "trt8", "--low-rank", "fold")
+    layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
+    folded = [layer for layer in layers.values() if layer["branch"] == "folded"]
+    assert folded
+    assert not [layer for layer in layers.values() if layer["branch"] == "kept"]
+    assert all(0 < layer["fold_error"] < 0.05 for layer in folded)
+
+
+def test_a_format_that_no_tensorrt_has_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    config = tmp_path / "per_token.yaml"
+    config.write_text("wgts: {dtype: sint8, group_shapes: [[1, -1]]}\nipts: {granularity: per_token, mode: dynamic}\n")
+    out = tmp_path / "out"
+    samq("quantize", "--model-path", inputs.checkpoint, "--config", config, "--output-dir", out)
+    refused(samq("export", "--output-dir", out, "--target", "trt10"), 2, "blocks.0", "per_tensor", "static")
+    assert OutputDir.open(out).done("quantize")
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+def test_building_without_tensorrt_or_gpu_says_how_to_get_them(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAMQ_TENSORRT_PYTHON", raising=False)
+    for chosen in ((), ("--target", "trt8")):
+        refused(samq("build", "--output-dir", out, "--engine", "tensorrt", *chosen), 5, "samq[tensorrt]")
+    refused(samq("build", "--output-dir", out, "--device", "cuda"), 5, "onnxruntime-gpu")
+    assert OutputDir.open(out).done("build")
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+def test_a_job_for_an_engine_that_is_not_here_ends_before_it_begins(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAMQ_TENSORRT_PYTHON", raising=False)
+    out = tmp_path / "out"
+    refused(samq("run", *whole_job(inputs), "--output-dir", out, "--engine", "tensorrt"), 5, "samq[tensorrt]")
+    assert not out.exists()
+
+
+def test_a_plan_of_static_shapes_needs_such_an_export(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", None))
+    build = ("build", "--output-dir", out, "--engine", "tensorrt")
+    refused(samq(*build), 2, "dynamic shapes", "export --target trt8")
+    refused(samq(*build, "--target", "trt10"), 2, "--target trt8")
+    monkeypatch.setattr(tensorrt, "about", lambda: ("7.2.3", None))
+    refused(samq(*build), 5, "TensorRT 7.2.3", "trt8, trt10, trt11")
+
+
+def test_each_engine_has_its_target() -> None:
+    assert target_of(Job("model")) == OnnxRuntimeCpu()
+    assert target_of(Job("model", device="cuda")) == OnnxRuntimeCuda()
+    # A target that was lowered for before does not make TensorRT the engine.
+    assert target_of(Job("model", target="trt8")) == OnnxRuntimeCpu()
+    for name in TENSORRT:
+        target = target_of(Job("model", engine="tensorrt", target=name, build_options={"optimization_level": 5}))
+        assert isinstance(target, TensorRt)
+        assert (target.folder, target.options.optimization_level) == (name, 5)
+
+
+def test_shapes_are_static_for_tensorrt_unless_told_otherwise() -> None:
+    assert not Job("model").is_static
+    assert Job("model", engine="tensorrt").is_static
+    assert Job("model", target="trt10").is_static
+    assert not Job("model", engine="tensorrt", static_shapes=False).is_static
+    assert Job("model", static_shapes=True).is_static
+
+
+def test_every_engine_is_asked_for_the_format() -> None:
+    for name in preset_names():
+        asked = requests(load_recipe(name))
+        assert set(asked) == {"onnxruntime", "onnxruntime-cuda", *TENSORRT}
+        arithmetic = {words.replace("FP16", "FP32") for words in asked.values()}
+        assert len(arithmetic) == 1
+
+
+class _Clocked:
+    """An engine with a clock of its own."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+
+    def run(self, feeds: object) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        raise AssertionError("the host's clock was used")
+
+    def time(self, feeds: object, repeats: int) -> list[float]:
+        return [self.milliseconds] * repeats
+
+
+def test_an_engine_s_own_clock_is_preferred() -> None:
+    measured = alternate(_Clocked(3.0), _Clocked(2.0), ({}, {}), seconds=0.0)
+    assert (measured["baseline_ms"], measured["quantized_ms"], measured["speedup"]) == (3.0, 2.0, 1.5)
