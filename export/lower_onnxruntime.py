@@ -134,7 +134,7 @@ def _weight_only(writer: Writer, gemm: Gemm) -> ir.Value:
     bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
     block = _block_size(gemm)
     blocks = -(-inputs // block)
-    packed, zero_points = _packed(weight, bits, block, blocks)
+    packed, zero_points = packed_codes(weight, bits, block, blocks)
     scale = np.repeat(weight.scale, max(1, weight.group_size // block), axis=0)[:blocks]
     if weight.scale.shape[0] == 1:
         scale = np.repeat(weight.scale, blocks, axis=0)
@@ -160,7 +160,7 @@ def _block_size(gemm: Gemm) -> int:
     raise ValueError(f"{gemm.layer}: groups of {gemm.weight.group_size} are no multiple of {BLOCK_SIZES[-1]}")
 
 
-def _packed(
+def packed_codes(
     weight: GemmWeight, bits: int, block: int, blocks: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """MatMulNBits' codes [N, blocks, block·bits/8] and zero-points [N, ceil(blocks·bits/8)]; unsigned throughout.

@@ -42,7 +42,7 @@ from samq.export.fuse_attention import (
 )
 from samq.export.graph import Writer, add_initializer, constant_of, remove_unused, replace_value
 from samq.export.half import to_fp16
-from samq.export.lower_onnxruntime import BLOCK_SIZES, _packed
+from samq.export.lower_onnxruntime import BLOCK_SIZES, packed_codes
 
 FLOAT = ir.DataType.FLOAT
 FP32_ON_CPU = 1  # accuracy_level of MatMulNBits; the CUDA provider ignores it
@@ -107,7 +107,7 @@ def _matmul_nbits(writer: Writer, gemm: Gemm, x: ir.Value | None) -> ir.Value:
     bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
     block = _block_size(gemm.layer, weight)
     blocks = -(-inputs // block)
-    packed, zero_points = _packed(weight, bits, block, blocks)
+    packed, zero_points = packed_codes(weight, bits, block, blocks)
     repeats = blocks if weight.scale.shape[0] == 1 else weight.group_size // block
     operands = [
         x,
