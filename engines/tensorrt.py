@@ -40,7 +40,7 @@ def build_engine(
     return build(onnx_path, plan_path, options, progress)
 
 
-def open_engine(plan_path: Path, *, cuda_graph: bool = False) -> TensorRtEngine | WorkerEngine:
+def open_engine(plan_path: Path, *, cuda_graph: bool | None = None) -> TensorRtEngine | WorkerEngine:
     """See `samq.engines.tensorrt_run.TensorRtEngine`."""
     worker = _worker()
     if worker:

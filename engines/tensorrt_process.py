@@ -117,7 +117,7 @@ class Worker:
 class WorkerEngine:
     """A plan that a worker runs; otherwise as `samq.engines.tensorrt_run.TensorRtEngine`."""
 
-    def __init__(self, worker: Worker, path: Path, *, cuda_graph: bool = False) -> None:
+    def __init__(self, worker: Worker, path: Path, *, cuda_graph: bool | None = None) -> None:
         self.worker, self.path = worker, path
         self.info = load_info(path)
         self.inputs: Sequence[str] = [tensor.name for tensor in self.info.inputs]

@@ -27,7 +27,8 @@ class TensorRtEngine:
 
     Args:
         path: a plan with its sidecar, from `samq.engines.tensorrt_build.build_engine`.
-        cuda_graph: record the launches once for each shape, and replay them.
+        cuda_graph: record the launches once for each shape, and replay them; None for wherever shapes are static and
+            the launches can be recorded.
 
     Attributes:
         info: the plan's sidecar.
@@ -38,12 +39,14 @@ class TensorRtEngine:
         BadInput: plan or sidecar is missing or corrupt.
     """
 
-    def __init__(self, path: Path, *, cuda_graph: bool = False) -> None:
-        self.path, self.cuda_graph = path, cuda_graph
+    def __init__(self, path: Path, *, cuda_graph: bool | None = None) -> None:
+        self.path, self._insists = path, cuda_graph is True
         self.info = load_info(path)
         self.inputs: Sequence[str] = [tensor.name for tensor in self.info.inputs]
         self.outputs: Sequence[str] = [tensor.name for tensor in self.info.outputs]
         self.shapes: Mapping[str, Sequence[int | str]] = {tensor.name: tensor.shape for tensor in self.info.inputs}
+        static = all(isinstance(side, int) for shape in self.shapes.values() for side in shape)
+        self.cuda_graph = static if cuda_graph is None else cuda_graph
         api = load_tensorrt()
         misfit = self.info.misfit(cuda.find_device(), version_of(api))
         if misfit is not None:
@@ -161,7 +164,16 @@ class TensorRtEngine:
         if self._graph is None or shapes != self._captured:
             self._enqueue()  # a new shape settles what is launched, and must not do so while launches are recorded
             self._synchronize()
-            self._graph, self._captured = cuda.capture(self._enqueue, self._stream), shapes
+            self._captured = shapes
+            try:
+                self._graph = cuda.capture(self._enqueue, self._stream)
+            except MachineLacks as error:
+                if self._insists:
+                    raise
+                self.cuda_graph = False
+                self.warnings = (*self.warnings, f"launches are not recorded: {error}")
+                self._enqueue()
+                return
         cuda.call("cudaGraphLaunch", self._graph.handle, self._stream.handle)
 
     def _enqueue(self) -> None:

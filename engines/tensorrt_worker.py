@@ -4,7 +4,7 @@
     python -m samq.engines.tensorrt_worker --serve                  calls, one JSON line each, until stdin ends
 
 A job is `{"plan": path}` with any of `"onnx": path, "options": {…}` (build it), `"feeds": npz, "outputs": npz` (run
-it), `"repeats": n` (time it on the feeds), `"cuda_graph": true`. Its result is `{"info": the sidecar,
+it), `"repeats": n` (time it on the feeds), `"cuda_graph": bool`. Its result is `{"info": the sidecar,
 "milliseconds": […]}`, without what was not asked for.
 
 Served calls are `{"call": name, …arguments}` with the names of `CALLS`. Each is answered by any number of
@@ -66,7 +66,7 @@ def run_job(job: Mapping[str, Any], progress: Progress = silent) -> dict[str, An
         options = BuildOptions.from_json(job.get("options", {}))
         result["info"] = asdict(build_engine(Path(job["onnx"]), plan, options, progress))
     if "feeds" in job:
-        engine = TensorRtEngine(plan, cuda_graph=bool(job.get("cuda_graph", False)))
+        engine = TensorRtEngine(plan, cuda_graph=job.get("cuda_graph"))
         feeds = load_arrays(Path(job["feeds"]))
         if "outputs" in job:
             save_arrays(Path(job["outputs"]), engine.run(feeds))
@@ -141,7 +141,7 @@ def _build(engines: Engines, call: Mapping[str, Any], progress: Progress) -> dic
 
 def _open(engines: Engines, call: Mapping[str, Any], progress: Progress) -> str:
     key = str(len(engines))
-    engines[key] = TensorRtEngine(Path(call["plan"]), cuda_graph=bool(call["cuda_graph"]))
+    engines[key] = TensorRtEngine(Path(call["plan"]), cuda_graph=call["cuda_graph"])
     return key
 
 

@@ -89,6 +89,27 @@ def test_launches_are_recorded_once_for_each_shape(plan: Path, device: Simulated
     assert (device.graphs, device.launches) == (2, 5)
 
 
+def test_launches_of_static_shapes_are_recorded_unasked(tmp_path: Path, trt: Simulation, device: SimulatedCuda) -> None:
+    for graph, replays in ((STATIC, 2), (GRAPH, 0)):
+        engine = TensorRtEngine(built(graph, tmp_path))
+        before = device.launches
+        for _ in range(2):
+            engine.run(feeds(2))
+        assert device.launches - before == replays
+
+
+def test_launches_that_cannot_be_recorded_are_made_one_by_one(
+    tmp_path: Path, trt: Simulation, device: SimulatedCuda
+) -> None:
+    plan = built(STATIC, tmp_path)
+    device.statuses["cudaStreamEndCapture"] = 4
+    engine = TensorRtEngine(plan)
+    assert engine.run(feeds(2))["y"].tolist() == (2 * feeds(2)["x"] + feeds(2)["labels"]).tolist()
+    assert any("launches are not recorded" in warning for warning in engine.warnings)
+    with pytest.raises(MachineLacks, match="cudaStreamEndCapture"):
+        TensorRtEngine(plan, cuda_graph=True).run(feeds(2))
+
+
 def test_times_are_of_every_run(plan: Path, trt: Simulation) -> None:
     engine = TensorRtEngine(plan)
     copies = len(trt.values("IExecutionContext.set_input_shape"))
