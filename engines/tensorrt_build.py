@@ -2,8 +2,8 @@
 
 | what          | 8.6                                                  | 10.x, 11.x                         |
 |---------------|------------------------------------------------------|------------------------------------|
-| number types  | FP32 graph; FP16 flag as asked, INT8 flag with Q/DQ, | strongly typed: those of the graph |
-|               | float32 for the nodes that are named                 |                                    |
+| number types  | FP32 graph; FP16 flag as asked, INT8 flag with Q/DQ  | strongly typed: those of the graph |
+|               | and FP16 for all around it, float32 for named nodes  |                                    |
 | progress      | the phases of this module                            | IProgressMonitor's                 |
 
 Whatever else differs between versions is looked up by name; tests hold every name against the versions' API lists.
@@ -31,9 +31,9 @@ from samq.engines.tensorrt_log import (
 )
 from samq.engines.tensorrt_network import (
     add_profile,
+    ask_for_types,
     describe_tensors,
     is_quantized,
-    keep_float32,
     layer_names,
     network_flags,
     side_names,
@@ -45,6 +45,8 @@ from samq.files import sha256_of, write_text, written_whole
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+OBEY = "OBEY_PRECISION_CONSTRAINTS"
 
 
 def build_engine(
@@ -136,12 +138,13 @@ class _Build:
     def _config(self, builder: trt.Builder, network: trt.INetworkDefinition, strong: bool) -> trt.IBuilderConfig:
         api, options = self.api, self.options
         config: trt.IBuilderConfig = builder.create_builder_config()
-        for name in wanted_flags(options, strongly_typed=strong, quantized=is_quantized(api, network)):
+        flags = wanted_flags(options, strongly_typed=strong, quantized=is_quantized(api, network))
+        for name in flags:
             if not hasattr(api.BuilderFlag, name):
                 raise MachineLacks(f"TensorRT {self.version} has no {name}; build without that option")
             config.set_flag(getattr(api.BuilderFlag, name))
-        if options.float32 and not strong:
-            for name in keep_float32(api, network, options.float32):
+        if OBEY in flags:
+            for name in ask_for_types(api, network, options.float32, half="INT8" in flags and "FP16" in flags):
                 self.log.messages.append((WARNING, f"{name}: no layer to keep in float32"))
         config.builder_optimization_level = options.optimization_level
         config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
@@ -224,7 +227,7 @@ def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool
     wanted = {
         "FP16": options.fp16 and not strongly_typed,
         "INT8": quantized and not strongly_typed,
-        "OBEY_PRECISION_CONSTRAINTS": bool(options.float32) and not strongly_typed,
+        OBEY: (bool(options.float32) or (options.fp16 and quantized)) and not strongly_typed,
         "VERSION_COMPATIBLE": options.version_compatible,
         "REFIT": options.refittable,
     }

@@ -90,23 +90,37 @@ def layer_names(api: Any, network: trt.INetworkDefinition) -> tuple[tuple[str, .
     return tuple(names), tuple(gemms)
 
 
-def keep_float32(api: Any, network: trt.INetworkDefinition, names: Collection[str]) -> tuple[str, ...]:
-    """Ask for float32 arithmetic and outputs in the layers of these ONNX nodes; returns the names that are not found.
+def ask_for_types(
+    api: Any, network: trt.INetworkDefinition, float32: Collection[str], *, half: bool
+) -> tuple[str, ...]:
+    """Ask for float32 arithmetic and outputs in the layers of some ONNX nodes, and for FP16 in the others.
 
-    Constants and casts say their type themselves. A version without such requests is strongly typed.
+    Constants, casts, Q/DQ and the network's outputs say their type themselves. A version without such requests is
+    strongly typed.
+
+    Args:
+        float32: names of ONNX nodes.
+        half: ask for FP16 at all; otherwise the other layers are left to TensorRT. 8.6 runs a fused region that holds
+            Q/DQ in float32 throughout, unless it is asked.
+
+    Returns:
+        the names that are not found.
     """
-    missing = set(names)
+    typed = {getattr(api.LayerType, name) for name in ("CONSTANT", "CAST", "QUANTIZE", "DEQUANTIZE")}
+    missing = set(float32)
     for index in range(network.num_layers):
         layer: trt.ILayer = network.get_layer(index)
-        nodes = {layer.name, *nodes_in(layer.metadata)} & set(names)
-        missing -= nodes
-        if not nodes or layer.type in (api.LayerType.CONSTANT, api.LayerType.CAST):
-            continue
+        exact = {layer.name, *nodes_in(layer.metadata)} & set(float32)
+        missing -= exact
         floats = [i for i in range(layer.num_outputs) if _is_float(api, layer, i)]
-        if floats and hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
-            layer.precision = api.DataType.FLOAT
+        if layer.type in typed or not floats or not (exact or half):
+            continue
+        if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
+            layer.precision = wanted = api.DataType.FLOAT if exact else api.DataType.HALF
             for output in floats:
-                layer.set_output_type(output, api.DataType.FLOAT)
+                tensor: trt.ITensor = layer.get_output(output)
+                if exact or not tensor.is_network_output:
+                    layer.set_output_type(output, wanted)
     return tuple(sorted(missing))
 
 

@@ -34,6 +34,8 @@ GRAPH = {
         ["(Unnamed Layer* 2) [Unary]", "UNARY", "angles/Sin", "FLOAT"],
         ["angles/Constant", "CONSTANT", "angles/Constant", "FLOAT"],
         ["angles/Shape", "SHAPE", "angles/Shape", "INT32"],
+        ["b/Add", "ELEMENTWISE", "b/Add", "FLOAT"],
+        ["y", "ELEMENTWISE", "y", "FLOAT"],
     ],
 }
 STATIC = {**GRAPH, "inputs": [["labels", [2, 1], "INT32", ["", ""]], ["x", [2, 3], "HALF", ["", ""]]]}
@@ -111,7 +113,7 @@ class Simulation:
         return self.make("ITensor", name=name, shape=shape, get_dimension_name=lambda i: sides[i])
 
     def _layer(self, name: str, kind: str, node: str, dtype: str) -> Any:
-        output = self.make("ITensor", dtype=getattr(self.DataType, dtype))
+        output = self.make("ITensor", dtype=getattr(self.DataType, dtype), is_network_output=name == "y")
         requests = {"precision": None, "set_output_type": lambda index, dtype: None}
         return self.make(
             "ILayer",

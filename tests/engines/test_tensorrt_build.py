@@ -61,7 +61,7 @@ def test_what_the_builder_is_told(trt: Simulation, onnx: Path, tmp_path: Path) -
     )  # fmt: skip
     build_engine(onnx, tmp_path / "part.plan", options)
     flags = trt.BuilderFlag
-    weak = ["FP16", "INT8"] if trt.version == "8.6.0" else []
+    weak = ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"] if trt.version == "8.6.0" else []
     expected = [(getattr(flags, name),) for name in (*weak, "VERSION_COMPATIBLE", "REFIT")]
     assert trt.values("IBuilderConfig.set_flag") == expected
     assert trt.values("IBuilderConfig.builder_optimization_level") == [5]
@@ -74,12 +74,14 @@ def test_what_the_builder_is_told(trt: Simulation, onnx: Path, tmp_path: Path) -
 
 
 def test_float32_where_it_is_asked_for(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    """By name or by metadata; nothing is asked of constants and whole numbers, nor of a graph that has types."""
+    """By name or by metadata, FP16 elsewhere; nothing is asked of constants, whole numbers, strongly typed graphs."""
     names = ("a.qkv/MatMul", "angles/Sin", "angles/Constant", "angles/Shape", "gone")
     info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, float32=names))
     weak = trt.version == "8.6.0"
-    assert trt.values("ILayer.precision") == ([trt.DataType.FLOAT] * 2 if weak else [])
-    assert trt.values("ILayer.set_output_type") == ([(0, trt.DataType.FLOAT)] * 2 if weak else [])
+    exact, half = trt.DataType.FLOAT, trt.DataType.HALF
+    assert trt.values("ILayer.precision") == ([exact, exact, half, half] if weak else [])
+    inner = [(0, exact), (0, exact), (0, half)]
+    assert trt.values("ILayer.set_output_type") == (inner if weak else []), "the network's outputs keep their type"
     assert ("gone: no layer to keep in float32" in info.warnings) == weak
     assert info == load_info(tmp_path / "part.plan")
     if weak:
@@ -172,7 +174,8 @@ def test_what_is_missing(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     ("options", "strongly_typed", "quantized", "expected"),
     [
         (BuildOptions(), False, False, ("FP16",)),
-        (BuildOptions(), False, True, ("FP16", "INT8")),
+        (BuildOptions(), False, True, ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS")),
+        (BuildOptions(fp16=False), False, True, ("INT8",)),
         (BuildOptions(fp16=False), False, False, ()),
         (BuildOptions(float32=("node",)), False, False, ("FP16", "OBEY_PRECISION_CONSTRAINTS")),
         (BuildOptions(float32=("node",)), True, False, ()),
