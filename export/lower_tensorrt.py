@@ -36,6 +36,7 @@ from samq.export.graph import (
 )
 from samq.export.half import needing_float32, to_fp16
 from samq.export.opset17 import to_opset17
+from samq.export.pad_heads import Width, pad_heads
 from samq.export.split_projections import split_projections
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_targets import TensorRtTarget
@@ -100,7 +101,12 @@ class _LowRank:
 
 
 def lower_for_tensorrt(
-    model: ir.Model, target: TensorRtTarget, low_rank: Branch = "branch", *, split_qkv: bool = False
+    model: ir.Model,
+    target: TensorRtTarget,
+    low_rank: Branch = "branch",
+    *,
+    split_qkv: bool = False,
+    head_width: Width | None = None,
 ) -> Lowered:
     """Lower a canonical model or a float baseline in place.
 
@@ -109,6 +115,7 @@ def lower_for_tensorrt(
         target: from `samq.export.tensorrt_targets.TARGETS`.
         low_rank: keep low-rank branches beside INT8 GEMMs, or add them to the INT8 weight and round that again.
         split_qkv: one GEMM for each of query, key and value.
+        head_width: how wide heads shall be (see `samq.export.pad_heads`), with `split_qkv`; None for as they are.
 
     Raises:
         UsageError: the quantization of a layer cannot be expressed for this target; the message names layer and fix.
@@ -117,6 +124,8 @@ def lower_for_tensorrt(
     layers = _lower_layers(model, target, low_rank)
     if split_qkv:
         split_projections(model)
+    if head_width is not None:
+        pad_heads(model, head_width)
     fit_operators(model.graph, target)
     exact: set[ir.Node] = set()
     if target.strongly_typed:
