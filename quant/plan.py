@@ -150,7 +150,7 @@ def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
             largest, limit = capped, "wgts.low_rank.max_overhead"
     if low_rank.rank <= largest:
         return low_rank.rank, ""
-    return largest, f"{low_rank.rank} asked for; {limit} allows {largest}"
+    return largest, f"rank {low_rank.rank} asked for; {limit} allows {largest}"
 
 
 def _plan_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> LayerPlan:

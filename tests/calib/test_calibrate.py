@@ -82,8 +82,8 @@ def test_decoder_is_prompted_with_clicks_boxes_and_masks(small_model: Sam2Model)
     no_mask = [dense[call] - embedding for call in (0, 1)]
     for added in no_mask:
         torch.testing.assert_close(added, no_mask[0][:1].expand_as(added))
-    if len(dense[2]) > 1:
-        assert not torch.allclose(dense[2][0], dense[2][1])
+    assert len(dense[2]) > 1, "a mask of its own for each prompt"
+    assert not torch.allclose(dense[2][0], dense[2][1])
     assert not torch.allclose(dense[2][:1], dense[0][:1])
 
 

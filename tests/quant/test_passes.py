@@ -94,6 +94,22 @@ def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
     assert entry.hessian is None, "the Hessians of done layers are freed"
 
 
+def test_inputs_are_clipped_where_the_weights_do_not_read_them(small_model: Sam2Model) -> None:
+    """The grid has the least error behind the weights, not in the inputs themselves."""
+    rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    rows[:, 5] *= 4
+    recipe = recipe_of("int8_w8a8", smooth=NO_SMOOTHING)
+    model = copy.deepcopy(small_model)
+    scales = []
+    for factor in (1.0, 0.0):
+        with torch.no_grad():
+            model.get_submodule(LAYER).weight[:, 5] *= factor
+        grid = quantized(model, recipe, statistics_of(rows)).codes[LAYER].inputs
+        assert grid is not None
+        scales.append(grid.scale)
+    assert scales[1] < 0.7 * scales[0]
+
+
 @pytest.mark.parametrize("low_rank", [None, {"rank": 4, "compensate": True, "max_overhead": None}])
 def test_raised_damping_is_remarked_once(small_model: Sam2Model, low_rank: dict[str, object] | None) -> None:
     gptq = {"block_size": 128, "damp_percentage": 1e-12}

@@ -118,10 +118,10 @@ def test_convolutions_and_narrow_layers_stay_float(small_model: Sam2Model) -> No
     ("low_rank", "rank", "told"),
     [
         ({"rank": 8, "max_overhead": None}, 8, ""),
-        ({"rank": 500, "max_overhead": None}, 32, "500 asked for; the layer's smaller side allows 32"),
-        ({"rank": 500, "max_overhead": 1.0}, 24, "500 asked for; wgts.low_rank.max_overhead allows 24"),
-        ({"rank": 32, "max_overhead": 0.1}, 2, "32 asked for; wgts.low_rank.max_overhead allows 2"),
-        ({"rank": 32, "max_overhead": 0.001}, 0, "32 asked for; wgts.low_rank.max_overhead allows 0"),
+        ({"rank": 500, "max_overhead": None}, 32, "rank 500 asked for; the layer's smaller side allows 32"),
+        ({"rank": 500, "max_overhead": 1.0}, 24, "rank 500 asked for; wgts.low_rank.max_overhead allows 24"),
+        ({"rank": 32, "max_overhead": 0.1}, 2, "rank 32 asked for; wgts.low_rank.max_overhead allows 2"),
+        ({"rank": 32, "max_overhead": 0.001}, 0, "rank 32 asked for; wgts.low_rank.max_overhead allows 0"),
     ],
 )
 def test_ranks(small_model: Sam2Model, low_rank: dict[str, object], rank: int, told: str) -> None:
