@@ -37,6 +37,7 @@ from samq.export.graph import (
 from samq.export.half import needing_float32, to_fp16
 from samq.export.opset17 import to_opset17
 from samq.export.pad_heads import Width, pad_heads
+from samq.export.placement import EVERYWHERE, Form, Placement
 from samq.export.split_projections import split_projections
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_targets import TensorRtTarget
@@ -45,6 +46,7 @@ from samq.export.tensorrt_weights import int4_blocks, int4_weight, int8_weight, 
 FLOAT = ir.DataType.FLOAT
 SMALLEST_GEMM = 16  # inputs or outputs; INT8 tensor cores take K in steps of 16 and more
 UNSIGNED_ZERO = 128  # the uint8 zero-point that is int8's 0
+PLACED = "faster in FP16: placed there"
 FLOAT_GEMM, INT8_GEMM, INT4_GEMM = "FP16 GEMM", "INT8 GEMM", "INT4 weights, FP16 arithmetic"
 
 Branch = Literal["branch", "fold"]
@@ -105,6 +107,7 @@ def lower_for_tensorrt(
     target: TensorRtTarget,
     low_rank: Branch = "branch",
     *,
+    placement: Placement = EVERYWHERE,
     split_qkv: bool = False,
     head_width: Width | None = None,
 ) -> Lowered:
@@ -114,6 +117,7 @@ def lower_for_tensorrt(
         model: opset 21, float32 arithmetic. TensorRT optimizes static shapes best.
         target: from `samq.export.tensorrt_targets.TARGETS`.
         low_rank: keep low-rank branches beside INT8 GEMMs, or add them to the INT8 weight and round that again.
+        placement: which layers run in INT8 at all; those in FP16 have their branch in the weight.
         split_qkv: one GEMM for each of query, key and value.
         head_width: how wide heads shall be (see `samq.export.pad_heads`), with `split_qkv`; None for as they are.
 
@@ -121,7 +125,7 @@ def lower_for_tensorrt(
         UsageError: the quantization of a layer cannot be expressed for this target; the message names layer and fix.
     """
     fold_constants(model)
-    layers = _lower_layers(model, target, low_rank)
+    layers = _lower_layers(model, target, low_rank, placement)
     if split_qkv:
         split_projections(model)
     if head_width is not None:
@@ -136,14 +140,17 @@ def lower_for_tensorrt(
     return Lowered(model, layers, tuple(str(node.name) for node in model.graph if node in exact))
 
 
-def _lower_layers(model: ir.Model, target: TensorRtTarget, low_rank: Branch) -> dict[str, LoweredLayer]:
+def _lower_layers(
+    model: ir.Model, target: TensorRtTarget, low_rank: Branch, placement: Placement
+) -> dict[str, LoweredLayer]:
     graph = model.graph
     names = [n.metadata_props[LAYER_KEY] for n in graph if n.op_type == "MatMul" and LAYER_KEY in n.metadata_props]
     layers = {name: LoweredLayer(FLOAT_GEMM) for name in names}
     branches = _branches(graph)
-    lowering = _Lowering(graph, target, low_rank)
+    lowering = _Lowering(graph, target)
     for gemm in read_gemms(model):
-        layers[gemm.layer] = lowering.lowered(gemm, branches.get(gemm.layer))
+        form = placement.form(gemm.layer)
+        layers[gemm.layer] = lowering.lowered(gemm, branches.get(gemm.layer), low_rank if form == "int8" else form)
     remove_unused(model)
     return layers
 
@@ -164,22 +171,39 @@ def _branches(graph: ir.Graph) -> dict[str, _LowRank]:
 class _Lowering:
     """Writes the pattern of each layer and keeps the Q/DQ that layers share."""
 
-    def __init__(self, graph: ir.Graph, target: TensorRtTarget, low_rank: Branch) -> None:
-        self.graph, self.target, self.low_rank = graph, target, low_rank
+    def __init__(self, graph: ir.Graph, target: TensorRtTarget) -> None:
+        self.graph, self.target = graph, target
         self.shared: dict[tuple[ir.Value, float], ir.Value] = {}
 
-    def lowered(self, gemm: Gemm, branch: _LowRank | None) -> LoweredLayer:
+    def lowered(self, gemm: Gemm, branch: _LowRank | None, form: Form) -> LoweredLayer:
         """Rewrite one layer's MatMul."""
         writer = Writer(self.graph, gemm.node, gemm.layer)
+        if form == "fp16":
+            return self._placed_in_fp16(writer, gemm, branch)
         if gemm.inputs is not None:
             scale = _static_scale(gemm.layer, gemm.inputs)  # refuses what no engine has, whatever the size
             if min(gemm.weight.codes.shape) >= SMALLEST_GEMM:
-                return self._int8(writer, gemm, gemm.inputs, scale, branch)
+                return self._int8(writer, gemm, gemm.inputs, scale, branch, folds=form == "fold")
         layer = self._float_inputs(writer, gemm)
         return layer if branch is None else replace(layer, branch="kept")
 
+    def _placed_in_fp16(self, writer: Writer, gemm: Gemm, branch: _LowRank | None) -> LoweredLayer:
+        """Float inputs, and the weight with its branch as one."""
+        weight = gemm.weight.dequantized()
+        if branch is not None:
+            weight = (weight + branch.product()).astype(np.float32)
+            self._drop(branch)
+        if gemm.inputs is not None:
+            gemm.node.replace_input_with(0, gemm.inputs.source)
+        gemm.node.replace_input_with(1, writer.constant(weight, "dequantized"))
+        return LoweredLayer(FLOAT_GEMM, PLACED, branch="" if branch is None else "folded")
+
+    def _drop(self, branch: _LowRank) -> None:
+        assert branch.sum.inputs[0] is not None
+        replace_value(self.graph, branch.sum.outputs[0], branch.sum.inputs[0])
+
     def _int8(
-        self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None
+        self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None, *, folds: bool
     ) -> LoweredLayer:
         weight = gemm.weight.int8()
         if weight is None:
@@ -188,11 +212,10 @@ class _Lowering:
                 "set wgts.dtype to sint4, or to sint8 with group_shapes: [[1, -1]]"
             )
         error = None
-        if branch is not None and self.low_rank == "fold":
+        if branch is not None and folds:
             codes, scales, error = rounded_to_int8(gemm.weight.dequantized() + branch.product())
             weight = codes, scales
-            assert branch.sum.inputs[0] is not None
-            replace_value(self.graph, branch.sum.outputs[0], branch.sum.inputs[0])
+            self._drop(branch)
         gemm.node.replace_input_with(0, self._quantized(writer, inputs, scale))
         gemm.node.replace_input_with(1, int8_weight(writer, *weight, self.target))
         kept: Literal["", "kept", "folded"] = "" if branch is None else "kept" if error is None else "folded"

@@ -1,0 +1,77 @@
+"""Placements: files, patterns, and what the lowering makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from exported import as_written
+from lowered import FLIPPED_CODES, distance, feeds, static_form
+
+from samq.calib.parts import IMAGE_ENCODER
+from samq.errors import UsageError
+from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED, lower_for_tensorrt
+from samq.export.placement import EVERYWHERE, Placement, fastest, load_placement
+from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
+
+BLOCK = "vision_encoder.backbone.blocks"
+
+
+def test_the_first_pattern_decides() -> None:
+    placement = Placement(layers={f"{BLOCK}.1.mlp.*": "fold", f"{BLOCK}.1.*": "fp16"})
+    assert placement.form(f"{BLOCK}.1.mlp.proj_in") == "fold"
+    assert placement.form(f"{BLOCK}.1.attn.qkv") == "fp16"
+    assert placement.form(f"{BLOCK}.10.attn.qkv") == "int8"
+    assert EVERYWHERE.form("anything") == "int8"
+
+
+def test_a_file_is_read_back_equal(tmp_path: Path) -> None:
+    placement = fastest({f"{BLOCK}.0": {"fp16": 0.2, "int8": 0.1}, f"{BLOCK}.1": {"fp16": 0.2}}, "H100", "8.6.0")
+    assert placement.layers == {f"{BLOCK}.0.*": "int8", f"{BLOCK}.1.*": "fp16"}
+    assert load_placement(placement.save(tmp_path / "placement.yaml")) == placement
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("layer:\n  a: fp16\n", r"line 1: layer is not a known key; did you mean layers\?"),
+        ("layers:\n  a: fp32\n", r"line 2: layers.a: 'fp32' is not one of fp16, int8, branch, fold"),
+    ],
+)
+def test_a_wrong_file_is_told_by_line(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "placement.yaml").write_text(text)
+    with pytest.raises(UsageError, match=told):
+        load_placement(tmp_path / "placement.yaml")
+
+
+@pytest.mark.parametrize("target", [TRT8, TRT10], ids=lambda target: target.name)
+def test_layers_are_placed(target: TensorRtTarget) -> None:
+    placement = Placement(layers={f"{BLOCK}.0.*": "fp16", f"{BLOCK}.1.*": "fold", "*": "branch"})
+    everywhere = lower_for_tensorrt(static_form("int4_svdquant", IMAGE_ENCODER), target)
+    lowered = lower_for_tensorrt(static_form("int4_svdquant", IMAGE_ENCODER), target, placement=placement)
+    onnx.checker.check_model(ir.to_proto(lowered.model), full_check=True)
+    for name, layer in lowered.layers.items():
+        if everywhere.layers[name].compute == FLOAT_GEMM:
+            continue
+        block = name.removeprefix(f"{BLOCK}.").partition(".")[0]
+        became = {"0": (FLOAT_GEMM, "folded"), "1": (INT8_GEMM, "folded")}.get(block, (INT8_GEMM, "kept"))
+        assert (layer.compute, layer.branch) in (became, (became[0], ""))
+        assert layer.reason == (PLACED if block == "0" else "")
+    given = feeds(lowered.model)
+    found, expected = (as_written(form.model, given) for form in (lowered, everywhere))
+    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < FLIPPED_CODES
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_all_in_fp16_is_the_simulated_weights_in_float(target: TensorRtTarget) -> None:
+    """Of a weights-only model, whose inputs are float anyway, nothing changes."""
+    placed = lower_for_tensorrt(
+        static_form("int4_w4only", IMAGE_ENCODER), target, placement=Placement(layers={"*": "fp16"})
+    )
+    plain = lower_for_tensorrt(static_form("int4_w4only", IMAGE_ENCODER), target)
+    given = feeds(plain.model)
+    for found, expected in zip(as_written(placed.model, given), as_written(plain.model, given), strict=True):
+        np.testing.assert_array_equal(found, expected)
