@@ -1,0 +1,443 @@
+"""The GPU benchmark: what it measures next, what it keeps, what it prints; its graphs, run on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from exported import as_written, float_model
+from lowered import FLIPPED_CODES, HALF_ERROR
+from small_model import IMAGE_SIZE, pixels, relative
+
+from samq.calib.parts import ENCODER_OUTPUTS, ImageEncoder
+from samq.calib.processor import SamProcessor
+from samq.calib.sources import Sample
+from samq.engines.lint import lint
+from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.engines.predictor import Predictor
+from samq.errors import BadInput, MachineLacks, UsageError
+from samq.export.fold import fold_constants
+from samq.export.parts import float_part
+from samq.export.tensorrt_targets import TARGETS, TRT8, TensorRtTarget
+from samq.quant.config import load_recipe
+from samq.tools.bench_gpu import cells, graphs, record, runtimes, session, shells
+from samq.tools.bench_gpu.__main__ import main
+from samq.tools.bench_gpu.bench import Bench, Built, Lowered
+from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, expected_seconds, groups, plan
+from samq.tools.bench_gpu.graphs import Graphs
+from samq.tools.bench_gpu.masks import compare_masks
+from samq.tools.bench_gpu.record import Record, code_digest, read_record
+from samq.tools.bench_gpu.subject import Subject
+from samq.tools.bench_gpu.table import markdown
+
+RUN = {"command": "bench", "gpu": "A GPU", "TensorRT": "8.6.0"}
+DONE = {"ms": 2.0, "seconds": 10.0}
+EXACT = 1e-5
+TRT = [name for name, row in ROWS.items() if row.engine == "tensorrt"]
+
+
+def cell(row: str, model: str = "tiny", batch: int = 1) -> Cell:
+    return Cell(model, batch, ROWS[row])
+
+
+# --- what is measured
+
+
+def test_cells_go_by_model_then_batch_then_row() -> None:
+    planned = plan(["tiny", DEMO], [1, 8], [OUR_FP16, "torch-eager"])
+    assert [c.key for c in planned[:3]] == ["tiny/1/trt-fp16", "tiny/1/torch-eager", "tiny/8/trt-fp16"]
+    assert len({c.key for c in planned}) == len(planned) == 8
+    assert [c.key for c in planned if c.with_masks] == ["demo/1/trt-fp16"]
+
+
+def test_only_neighbours_on_tensorrt_are_built_at_once() -> None:
+    planned = plan(["tiny", "large"], [1], ["torch-eager", "ort-fp16", *TRT])
+    sizes = [[c.row.name for c in group] for group in groups(planned, 4) if group[0].model == "tiny"]
+    assert sizes == [["torch-eager"], ["ort-fp16"], TRT[:4], TRT[4:]]
+    assert all(len({c.model for c in group}) == 1 for group in groups(planned, 4))
+    assert [len(group) for group in groups(planned, 1)] == [1] * len(planned)
+
+
+def test_expected_time_follows_what_was_seen() -> None:
+    large = [cell(OUR_FP16, "large")]
+    guessed = expected_seconds(large, {})
+    assert guessed > expected_seconds([cell(OUR_FP16)], {})
+    slow = {cell(NAIVE_FP16): {"ms": 1.0, "seconds": 1000.0}}
+    assert expected_seconds(large, slow) > 1000 * cells.SIZES["large"]
+    assert expected_seconds([cell("torch-eager", "large")], slow) == expected_seconds(
+        [cell("torch-eager", "large")], {}
+    )
+    failed = {cell(NAIVE_FP16): {"reason": "it does not build", "seconds": 1000.0}}
+    assert expected_seconds(large, failed) == guessed
+    assert expected_seconds(large * 3, {}) > guessed
+
+
+# --- the record
+
+
+def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "gpu.json"
+    first, second = cell("torch-eager"), cell(OUR_FP16)
+    Record(path, RUN).put(first, DONE)
+    again = Record(path, RUN | {"command": "bench --jobs 2"})
+    assert not again.is_due(first)
+    assert again.is_due(second)
+    again.put(second, {"reason": "no such tactic", "lacks": False, "seconds": 3.0})
+    assert not Record(path, RUN).is_due(second)
+    again.put(second, {"reason": "no TensorRT", "lacks": True, "seconds": 0.0})
+    assert Record(path, RUN).is_due(second)
+    content = read_record(path)
+    assert [content["cells"][c.key]["run"] for c in (first, second)] == [0, 1]
+    assert [run["command"] for run in content["runs"]] == ["bench", "bench --jobs 2"]
+    monkeypatch.setattr(record, "code_digest", lambda _: "another")
+    assert Record(path, RUN).is_due(first)
+
+
+def test_code_is_known_by_its_digest() -> None:
+    assert code_digest(cell("torch-eager")) == code_digest(cell("torch-compile", "large", 8))
+    assert code_digest(cell("torch-eager")) != code_digest(cell(OUR_FP16))
+
+
+def test_figures_of_two_gpus_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    Record(path, RUN).put(cell("torch-eager"), DONE)
+    with pytest.raises(UsageError, match=r"A GPU.*Another.*--json"):
+        Record(path, RUN | {"gpu": "Another"})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"gpu": "A GPU", "runs": [], "cells": {"a/1/trt-fp16": {"run": 0}}}'])
+def test_another_file_is_no_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="is no record"):
+        read_record(path)
+
+
+# --- one run
+
+
+class Stand:
+    """In the place of `Bench`: figures at once, and what is to be raised for some rows."""
+
+    def __init__(self, raises: Mapping[str, BaseException]) -> None:
+        self.raises, self.measured = raises, list[str]()
+
+    def lower(self, cell: Cell) -> Lowered:
+        if isinstance(self.raises.get(cell.row.name), MachineLacks):
+            raise self.raises[cell.row.name]
+        return Lowered(None, {}, 0.0)
+
+    def build(self, cell: Cell, lowered: Lowered) -> Built:
+        if isinstance(self.raises.get(cell.row.name), ValueError):
+            raise self.raises[cell.row.name]
+        return Built(None, {}, {}, 5.0)
+
+    def figures(self, cell: Cell, built: Built) -> dict[str, Any]:
+        if cell.row.name in self.raises:
+            raise self.raises[cell.row.name]
+        self.measured.append(cell.row.name)
+        return {"ms": 1.5}
+
+
+Start = Callable[..., tuple[Stand, dict[str, Any]]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Runs `measure` over some rows of tiny as if there were a GPU; gives the stand-in and the record's cells."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session, "facts", lambda command: RUN | {"command": command})
+
+    def run(rows: Sequence[str], raises: Mapping[str, BaseException] | None = None, **changes: Any) -> Any:
+        stand = Stand(raises or {})
+        monkeypatch.setattr(session, "_one_at_a_time", lambda settings, device: lambda model: stand)
+        path = tmp_path / "gpu.json"
+        values: dict[str, Any] = {
+            "jobs": 1,
+            "level": 3,
+            "scenes": 1,
+            "redo": False,
+            "deadline": None,
+            "command": "bench",
+        }
+        with contextlib.suppress(KeyboardInterrupt):
+            session.measure(plan(["tiny"], [1], rows), session.Settings(path, tmp_path, **(values | changes)))
+        return stand, read_record(path)["cells"] if path.exists() else {}
+
+    return run
+
+
+def test_a_run_that_is_cut_off_goes_on(start: Start) -> None:
+    rows = ["torch-eager", "torch-compile", OUR_FP16]
+    stand, kept = start(rows, {"torch-compile": KeyboardInterrupt()})
+    assert stand.measured == ["torch-eager"]
+    assert kept.keys() == {"tiny/1/torch-eager"}
+    assert kept["tiny/1/torch-eager"]["seconds"] >= 5
+    stand, kept = start(rows)
+    assert stand.measured == ["torch-compile", OUR_FP16]
+    assert len(kept) == 3
+    assert start(rows)[0].measured == []
+    assert start(rows, redo=True)[0].measured == rows
+
+
+def test_a_failure_is_a_reason_and_costs_no_other_cell(start: Start) -> None:
+    rows = ["torch-eager", NAIVE_FP16, OUR_FP16, "trt-w4a8"]
+    wrong = {
+        "torch-eager": RuntimeError("it \x1b[96mbreaks\x1b[0m\nat length"),
+        NAIVE_FP16: MachineLacks("no TensorRT"),
+        OUR_FP16: ValueError(),
+    }
+    stand, kept = start(rows, wrong, jobs=3)
+    assert stand.measured == ["trt-w4a8"]
+    assert [kept[f"tiny/1/{row}"].get("reason") for row in rows] == ["it breaks", "no TensorRT", "ValueError", None]
+    assert start(rows)[0].measured == [NAIVE_FP16]
+
+
+def test_nothing_is_started_that_cannot_end(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = expected_seconds([cell("torch-eager")], {}) + 5
+    stand, kept = start([OUR_FP16, "torch-eager"], deadline=time.monotonic() + seconds)
+    assert stand.measured == ["torch-eager"]
+    assert kept.keys() == {"tiny/1/torch-eager"}
+    assert "left for later: tiny/1/trt-fp16" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a CUDA GPU here")
+def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    assert main(["--json", str(path)]) == 5
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not path.exists()
+    assert main(["--json", str(path), "--table"]) == 6
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_not_there_cannot_be_asked_for() -> None:
+    for wrong in (["--rows", "trt-int2"], ["--models", "huge"], ["--batches", "0"], ["--level", "6"]):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2
+
+
+# --- graphs
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The small model on the CPU, in the place of a full-size one."""
+    return Subject("small", float_model(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def made(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    return Graphs(subject, tmp_path_factory.mktemp("work"), lambda: TRT8)
+
+
+@pytest.mark.parametrize("form", [shells.OURS, shells.NAIVE])
+def test_a_shell_holds_no_weights_and_is_traced_once(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = float_model()
+    first = shells.shell_of(model, "small", form, 2, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size < 0.5 * sum(parameter.nbytes for parameter in model.vision_encoder.parameters())
+    monkeypatch.setattr(shells, "_TRACES", {})
+    again = shells.shell_of(model, "small", form, 2, tmp_path)
+    assert [node.name for node in again.graph] == [node.name for node in first.graph]
+    filled = shells.fill(again, model)
+    assert [value.name for value in filled.graph.inputs] == ["pixel_values"]
+    given = fold_constants(filled if form == shells.NAIVE else float_part(filled, model, half=False))
+    found = as_written(given, {"pixel_values": pixels(2, seed=3).numpy()}, *ENCODER_OUTPUTS)
+    with torch.no_grad():
+        expected = ImageEncoder(model)(pixels(2, seed=3))
+    assert max(relative(torch.from_numpy(f) - e, e) for f, e in zip(found, expected, strict=True)) < EXACT
+
+
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.engine != "torch" and not row.modelopt])
+def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subject: Subject) -> None:
+    made_of = cell(row, "small")
+    graph = made.encoder(made_of)
+    images = subject.pixels(1)
+    (found,) = as_written(onnx.load(graph.path), {"pixel_values": images}, runtimes.EMBEDDINGS)
+    preset = made_of.row.preset
+    simulated = runtimes.exact_embeddings(subject.model if preset is None else subject.quantized(preset).model, images)
+    error = runtimes.agreement(found, simulated)["relative_error"]
+    assert error is not None
+    if preset is None:
+        assert error < (HALF_ERROR if row == "ort-fp16" else EXACT)
+    else:  # single INT8 codes flip, and folding a branch rounds it again
+        quantization = runtimes.agreement(simulated, runtimes.exact_embeddings(subject.model, images))["relative_error"]
+        assert quantization is not None
+        assert error < min(FLIPPED_CODES, 0.5 * quantization)
+    if made_of.row.engine == "tensorrt":
+        assert lint(ir.load(graph.path), TRT8) == []
+    requested = graph.facts.get("requested", {})
+    assert ("INT8 GEMM" in requested) == (row in TRT and preset is not None)
+    assert ("largest_fold_error" in graph.facts) == (row == "trt-svdquant-fold")
+
+
+def test_a_graph_is_made_once(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = made.encoder(cell("trt-svdquant-fold", "small"))
+    before = first.path.stat().st_mtime_ns
+    monkeypatch.setattr(graphs, "lower_for_tensorrt", None)
+    assert made.encoder(cell("trt-svdquant-fold", "small")) == first
+    assert first.path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_the_naive_graph_fits_every_target(target: TensorRtTarget, subject: Subject, made: Graphs) -> None:
+    graph = Graphs(subject, made.work, lambda: target).encoder(cell(NAIVE_FP16, "small"))
+    assert lint(ir.load(graph.path), target) == []
+
+
+@pytest.mark.skipif(find_spec("modelopt") is not None, reason="ModelOpt is installed here")
+def test_modelopt_is_named_where_it_is_missing(made: Graphs) -> None:
+    with pytest.raises(MachineLacks, match=r"samq\[modelopt\]"):
+        made.encoder(cell("trt-naive-int8", "small"))
+
+
+def test_random_weights_are_rounded_and_the_demo_is_not(subject: Subject) -> None:
+    demo = Subject.load(DEMO, "cpu")
+    assert demo.recipe("int4_w4a8") == load_recipe("int4_w4a8")
+    changed = subject.recipe("int4_w4a8")
+    assert changed.wgts.kernel_gptq is None
+    assert changed.smooth == load_recipe("int4_w4a8").smooth
+    assert "RTN" in subject.note("int4_w4a8")
+    assert "RTN" not in subject.note("int8_w8a8")
+    assert demo.pixels(2).shape == (2, 3, 256, 256)
+    assert subject.pixels(2).shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+# --- figures
+
+
+def test_agreement_is_that_of_the_definition() -> None:
+    expected = np.array([[3.0, 4.0]], np.float32)
+    assert runtimes.agreement(expected, expected) == {"relative_error": 0.0, "cosine": pytest.approx(1.0)}
+    turned = runtimes.agreement(np.array([[-4.0, 3.0]], np.float16), expected)
+    assert turned == {"relative_error": pytest.approx(2**0.5), "cosine": pytest.approx(0.0)}
+    assert runtimes.agreement(np.array([[np.inf, 0.0]]), expected) == {"relative_error": None, "cosine": None}
+
+
+def test_masks_are_compared_with_the_simulation(subject: Subject, made: Graphs) -> None:
+    masks = np.zeros((2, IMAGE_SIZE, IMAGE_SIZE), bool)
+    masks[0, 20:60, 30:90], masks[1, 70:120, 10:50] = True, True
+    scene = Sample("scene", np.random.default_rng(0).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), masks)
+    processor = SamProcessor({"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}, "a test")
+    exact = cell(OUR_FP16, "small")
+    decoders = {points: OnnxRuntimeEngine(graph.path) for points, graph in made.decoders(exact).items()}
+    assert [decoder.shapes["point_coords"] for decoder in decoders.values()] == [
+        [1, shells.PROMPTS, n, 2] for n in (1, 2)
+    ]
+    engines = Predictor(OnnxRuntimeEngine(made.encoder(exact).path), runtimes.ByPoints(decoders))
+    found = compare_masks(runtimes.torch_predictor(subject.model), engines, [scene], processor)
+    assert found["scenes"] == 1
+    for kind in ("box", "click"):
+        assert found[kind]["prompts"] == 2
+        assert found[kind]["agreement"] > 0.999
+        assert found[kind]["engines"] == pytest.approx(found[kind]["simulated"], abs=1e-3)
+        assert 0 < found[kind]["simulated"] < 1
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_the_decoders_fit_every_target(target: TensorRtTarget, subject: Subject, made: Graphs) -> None:
+    for graph in Graphs(subject, made.work, lambda: target).decoders(cell("trt-w8a8", "small")).values():
+        assert lint(ir.load(graph.path), target) == []
+        assert bool(graph.float32) == (not target.strongly_typed)
+
+
+def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on TensorRT, but that ONNX Runtime on the CPU runs the lowered graph."""
+
+    def measure(onnx_path: Path, images: runtimes.Pixels) -> runtimes.Measured:
+        answer = OnnxRuntimeEngine(onnx_path).run({"pixel_values": images})[runtimes.EMBEDDINGS]
+        return runtimes.Measured([3.0, 1.0, 2.0], [0.5], answer, 7.0, 60.04, {"note": "on the CPU"})
+
+    monkeypatch.setattr(runtimes, "build_plan", lambda onnx_path, *_: onnx_path)
+    monkeypatch.setattr(runtimes, "measure_tensorrt", measure)
+    of_small = Bench(subject, made.work, lambda: TRT8, 3, 1)
+    chosen = cell("trt-svdquant-fold", "small")
+    figures = of_small.figures(chosen, of_small.build(chosen, of_small.lower(chosen)))
+    assert (figures["ms"], figures["graph_ms"], figures["build_seconds"], figures["megabytes"]) == (2.0, 0.5, 60.0, 7.0)
+    assert figures["relative_error"] == pytest.approx(figures["simulated_error"], rel=0.1)
+    assert 0 < figures["largest_fold_error"] < 0.1
+    assert figures["note"].startswith("random weights")
+    assert figures["note"].endswith("; on the CPU")
+    assert "masks" not in figures
+    json.dumps(figures)
+
+
+# --- the tables
+
+
+def _masks(engines: float, simulated: float, scenes: int = 9) -> dict[str, Any]:
+    told = {"engines": engines, "simulated": simulated, "agreement": 1.0, "prompts": 3}
+    return {"scenes": scenes, "box": told, "click": told}
+
+
+def _content() -> dict[str, Any]:
+    done = {"run": 0, "code": "0", "seconds": 1.0}
+    return {
+        "gpu": "A GPU",
+        "runs": [RUN],
+        "cells": {
+            "demo/1/trt-w8a8": done | {"ms": 1.0, "masks": _masks(0.77, 0.78)},
+            "demo/1/trt-fp16": done | {"ms": 1.5, "graph_ms": 1.2, "masks": _masks(0.8, 0.8)},
+            "demo/1/trt-w4a8": done | {"ms": 1.0, "masks": _masks(0.7, 0.7, scenes=3)},
+            "demo/1/trt-naive-fp16": done
+            | {"ms": 3.0, "megabytes": 12.34, "relative_error": 0.00123, "note": "as it is"},
+            "demo/1/torch-eager": done | {"reason": "no such device", "lacks": True},
+            "large/8/torch-eager": done | {"ms": 100.0, "build_seconds": None},
+        },
+    }
+
+
+def test_the_tables_show_what_was_measured() -> None:
+    text = markdown(_content())
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("###")] == ["### large, batch 8", "### demo, batch 1"]
+    table = {
+        line.split(" | ")[0].removeprefix("| "): line.rstrip(" |").split(" | ")[1:] for line in lines if "|" in line
+    }
+    assert table[ROWS["trt-fp16"].title][:3] == ["1.50", "1.20", "2.00"]
+    assert table[ROWS["trt-fp16"].title][-4:] == ["1.0000"] * 4
+    assert table[ROWS["trt-w8a8"].title][-4:] == ["0.9625", "0.9750"] * 2
+    assert table[ROWS["trt-w4a8"].title][-4:] == ["—"] * 4
+    assert table[ROWS["trt-naive-fp16"].title][2:6] == ["1.00", "12.3", "—", "1.2e-03"]
+    assert list(table).index(ROWS["trt-naive-fp16"].title) < list(table).index(ROWS["trt-fp16"].title)
+    assert table[ROWS["torch-eager"].title][:3] == ["100.00", "—", "—"]
+    assert f"- {ROWS['torch-eager'].title}: none: no such device" in lines
+    assert f"- {ROWS['trt-naive-fp16'].title}: as it is" in lines
+    assert lines[-1] == "1. `bench` on A GPU: TensorRT 8.6.0"
+
+
+def test_the_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(_content()))
+    assert main(["--json", str(path), "--table"]) == 0
+    assert capsys.readouterr().out == markdown(_content())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU here")
+def test_the_demo_model_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    rows = ["torch-eager", "ort-fp16", "trt-naive-fp16", "trt-fp16", "trt-w8a8"]
+    options = ["--models", DEMO, "--batches", "1", "--scenes", "2", "--level", "0"]
+    assert main(["--json", str(path), "--work", str(tmp_path), "--rows", *rows, *options]) == 0
+    found = read_record(path)["cells"]
+    assert found.keys() == {f"demo/1/{row}" for row in rows}
+    for figures in found.values():
+        if not figures.get("lacks"):  # ONNX Runtime without CUDA, or no TensorRT
+            assert figures["ms"] > 0, figures
+            assert figures["relative_error"] < 0.05
+            assert figures.get("masks", _masks(1, 1))["box"]["agreement"] > 0.95

@@ -1,0 +1,144 @@
+"""One model on the GPU: a cell's engine is built first, beside others, and measured then, alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samq.engines.tensorrt_plan import BuildOptions
+from samq.export.tensorrt_targets import TensorRtTarget
+from samq.tools.bench_gpu import runtimes
+from samq.tools.bench_gpu.cells import Cell
+from samq.tools.bench_gpu.graphs import Graph, Graphs
+from samq.tools.bench_gpu.masks import compare_masks
+from samq.tools.bench_gpu.subject import Subject
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Graphs of a cell.
+
+    Args:
+        encoder: None for PyTorch.
+        decoders: by points a prompt, where masks are compared.
+        seconds: that it took.
+    """
+
+    encoder: Graph | None
+    decoders: dict[int, Graph]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a cell is measured with.
+
+    Args:
+        encoder: an ONNX file or a plan, None for PyTorch.
+        decoders: plans by points a prompt, where masks are compared.
+        facts: for the record.
+        seconds: that it took, lowering included.
+    """
+
+    encoder: Path | None
+    decoders: dict[int, Path]
+    facts: dict[str, Any]
+    seconds: float
+
+
+class Bench:
+    """Builds and measures the cells of one model.
+
+    Args:
+        subject: the model.
+        work: folder of graphs and plans.
+        target: called where a graph for TensorRT is asked for.
+        level: TensorRT's optimization level.
+        scenes: held-out scenes on which masks are compared.
+    """
+
+    def __init__(
+        self, subject: Subject, work: Path, target: Callable[[], TensorRtTarget], level: int, scenes: int
+    ) -> None:
+        self.subject, self.scenes = subject, scenes
+        self.graphs = Graphs(subject, work, target)
+        self._plans = work / "plans"
+        self._options = BuildOptions(optimization_level=level, timing_cache=str(work / "timing"))
+        self._images: dict[int, tuple[runtimes.Pixels, NDArray[np.float32]]] = {}
+
+    def lower(self, cell: Cell) -> Lowered:
+        """Make a cell's graphs, one cell at a time: PyTorch's exporter shares its state.
+
+        Raises:
+            SamqError: as the lowerings do.
+        """
+        started = time.monotonic()
+        encoder = None if cell.row.engine == "torch" else self.graphs.encoder(cell)
+        decoders = self.graphs.decoders(cell) if cell.with_masks else {}
+        runtimes.give_memory_back()
+        return Lowered(encoder, decoders, time.monotonic() - started)
+
+    def build(self, cell: Cell, lowered: Lowered) -> Built:
+        """Make a cell's engines; may run beside other builds.
+
+        Raises:
+            SamqError: as the builder does.
+        """
+        started = time.monotonic()
+        if lowered.encoder is None:
+            return Built(None, {}, {}, lowered.seconds)
+        path = self._built(cell, lowered.encoder)
+        plans = {points: self._built(cell, graph) for points, graph in lowered.decoders.items()}
+        return Built(path, plans, lowered.encoder.facts, lowered.seconds + time.monotonic() - started)
+
+    def _built(self, cell: Cell, graph: Graph) -> Path:
+        if cell.row.engine != "tensorrt":
+            return graph.path
+        return runtimes.build_plan(graph.path, self._plans, graph.float32, self._options)
+
+    def figures(self, cell: Cell, built: Built) -> dict[str, Any]:
+        """The figures of a cell, taken with the GPU to itself.
+
+        Raises:
+            SamqError: as the engines do.
+        """
+        pixels, expected = self._images_of(cell.batch)
+        runtimes.give_memory_back()
+        figures = self._measured(cell, built, pixels).figures(expected) | built.facts
+        if cell.row.preset is not None:
+            figures["simulated_error"] = self._simulated_error(cell.row.preset, pixels, expected)
+        if cell.row.preset is not None and not self.subject.is_demo:
+            figures["note"] = "; ".join(filter(None, (self.subject.note(cell.row.preset), figures.get("note"))))
+        if built.encoder is not None and built.decoders:
+            figures["masks"] = self._masks(cell, built.encoder, built.decoders)
+        return figures
+
+    def _measured(self, cell: Cell, built: Built, pixels: runtimes.Pixels) -> runtimes.Measured:
+        if built.encoder is None:
+            return runtimes.measure_torch(self.subject.model, pixels, compiled=cell.row.compiled)
+        measure = runtimes.measure_tensorrt if cell.row.engine == "tensorrt" else runtimes.measure_onnxruntime
+        return measure(built.encoder, pixels)
+
+    def _simulated_error(self, preset: str, pixels: runtimes.Pixels, expected: NDArray[np.float32]) -> float | None:
+        simulated = runtimes.exact_embeddings(self.subject.quantized(preset).model, pixels)
+        return runtimes.agreement(simulated, expected)["relative_error"]
+
+    def _images_of(self, batch: int) -> tuple[runtimes.Pixels, NDArray[np.float32]]:
+        """Images, and what the float32 model answers."""
+        if batch not in self._images:
+            pixels = self.subject.pixels(batch)
+            self._images[batch] = pixels, runtimes.exact_embeddings(self.subject.on_device, pixels)
+        return self._images[batch]
+
+    def _masks(self, cell: Cell, encoder: Path, decoders: Mapping[int, Path]) -> dict[str, Any]:
+        preset = cell.row.preset
+        model = self.subject.on_device if preset is None else self.subject.quantized(preset).model
+        scenes = self.subject.scenes(self.scenes)
+        with runtimes.tensorrt_predictor(encoder, decoders) as engines:
+            return compare_masks(runtimes.torch_predictor(model), engines, scenes, self.subject.processor)

@@ -1,0 +1,28 @@
+"""The demo model's masks through engines and as PyTorch simulates them, on the same held-out scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from samq.calib.images import Sample
+from samq.calib.processor import SamProcessor
+from samq.engines.predictor import Predictor
+from samq.tools.evaluate import BOX, CLICK, evaluate, summarize
+
+
+def compare_masks(
+    simulated: Predictor, engines: Predictor, scenes: Sequence[Sample], processor: SamProcessor
+) -> dict[str, Any]:
+    """mIoU of both with the truth and of one with the other, by prompt kind."""
+    by_kind = summarize(evaluate(simulated, engines, scenes, processor))["by_kind"]
+    found: dict[str, Any] = {"scenes": len(scenes)}
+    for kind in (BOX, CLICK):
+        told = by_kind[kind]
+        found[kind] = {
+            "simulated": told["miou_baseline"],
+            "engines": told["miou_quantized"],
+            "agreement": told["agreement_iou"],
+            "prompts": told["count"],
+        }
+    return found

@@ -1,0 +1,271 @@
+"""Times, sizes and answers of one encoder on each runtime; every figure is taken with the GPU to itself."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Sam2Model
+
+from samq.calib.parts import DECODER_INPUTS, DECODER_OUTPUTS, ENCODER_INPUTS, ENCODER_OUTPUTS, ImageEncoder, MaskDecoder
+from samq.engines.base import Arrays, Engine
+from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine
+from samq.engines.predictor import Predictor
+from samq.engines.tensorrt_log import ANOTHER_PYTHON
+from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, executed_layers, load_info
+from samq.engines.tensorrt_process import Worker, WorkerEngine
+from samq.errors import BadInput, SamqError
+from samq.files import sha256_of
+
+RUNS, WARM_UPS = 100, 20
+MEGA = 1e6
+EMBEDDINGS = "image_embeddings"
+
+Pixels = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a runtime told about an encoder.
+
+    Args:
+        ms: of each run.
+        graph_ms: of each run as a CUDA graph; none where there is none.
+        embeddings: `image_embeddings` [B, C, h, w].
+        megabytes: of the engine: plan, ONNX file, or FP16 parameters.
+        build_seconds: from the ONNX file (torch: the module) to the engine.
+        facts: whatever else is worth keeping.
+    """
+
+    ms: Sequence[float]
+    graph_ms: Sequence[float]
+    embeddings: NDArray[Any]
+    megabytes: float
+    build_seconds: float | None
+    facts: dict[str, Any]
+
+    def figures(self, expected: NDArray[np.float32]) -> dict[str, Any]:
+        """As JSON values.
+
+        Args:
+            expected: the embeddings in float32.
+        """
+        figures = {
+            "ms": round(statistics.median(self.ms), 4),
+            "ms_10_90": [round(float(np.percentile(self.ms, percent)), 4) for percent in (10, 90)],
+            "graph_ms": round(statistics.median(self.graph_ms), 4) if self.graph_ms else None,
+            "runs": len(self.ms),
+            "megabytes": round(self.megabytes, 2),
+            "build_seconds": None if self.build_seconds is None else round(self.build_seconds, 1),
+            **agreement(self.embeddings, expected),
+        }
+        return figures | self.facts
+
+
+def agreement(found: NDArray[Any], expected: NDArray[np.float32]) -> dict[str, float | None]:
+    """‖found − expected‖ / ‖expected‖ and the cosine between the two, in float64; None where `found` is not finite."""
+    one, other = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    if not np.isfinite(one).all():
+        return {"relative_error": None, "cosine": None}
+    length = float(np.linalg.norm(other))
+    return {
+        "relative_error": float(np.linalg.norm(one - other)) / length,
+        "cosine": float(one @ other) / (length * float(np.linalg.norm(one))) if one.any() else 0.0,
+    }
+
+
+@torch.no_grad()
+def exact_embeddings(model: Sam2Model, pixels: Pixels) -> NDArray[np.float32]:
+    """`image_embeddings` of the float32 model, without TF32."""
+    with _without_tf32():
+        device = next(model.parameters()).device
+        embeddings: NDArray[np.float32] = ImageEncoder(model)(torch.from_numpy(pixels).to(device))[0].cpu().numpy()
+    return embeddings
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
+
+
+def give_memory_back() -> None:
+    """Free what PyTorch holds of the GPU without using it: TensorRT is another process."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def measure_torch(model: Sam2Model, pixels: Pixels, *, compiled: bool) -> Measured:
+    """The encoder in FP16 on the GPU, by CUDA events."""
+    encoder: Any = ImageEncoder(copy.deepcopy(model)).half().cuda().eval()
+    size = sum(parameter.nbytes for parameter in encoder.model.vision_encoder.parameters())
+    images = torch.from_numpy(pixels).cuda().half()
+    if compiled:
+        encoder = torch.compile(encoder)
+    started = time.perf_counter()
+    embeddings = encoder(images)[0].float().cpu().numpy()
+    seconds = time.perf_counter() - started if compiled else None
+    times = _by_events(lambda: encoder(images))
+    if compiled:
+        torch.compiler.reset()
+    return Measured(times, [], embeddings, size / MEGA, seconds, {})
+
+
+def _by_events(launch: Callable[[], Any]) -> list[float]:
+    for _ in range(WARM_UPS):
+        launch()
+    event: Any = torch.cuda.Event
+    events = [[event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
+    for begin, end in events:
+        begin.record()
+        launch()
+        end.record()
+    torch.cuda.synchronize()
+    return [float(begin.elapsed_time(end)) for begin, end in events]
+
+
+def measure_onnxruntime(onnx: Path, pixels: Pixels) -> Measured:
+    """A lowered encoder on ONNX Runtime's CUDA provider, inputs and outputs on the GPU."""
+    feeds = {ENCODER_INPUTS[0]: pixels}
+    started = time.perf_counter()
+    engine = OnnxRuntimeCudaEngine(onnx, CudaOptions(cuda_graph=False))
+    seconds = time.perf_counter() - started
+    embeddings = np.asarray(engine.run(feeds)[EMBEDDINGS])
+    times = engine.time(feeds, RUNS)
+    del engine
+    gc.collect()
+    facts: dict[str, Any] = {}
+    replayed: Sequence[float] = []
+    try:
+        replayed = OnnxRuntimeCudaEngine(onnx, CudaOptions(cuda_graph=True)).time(feeds, RUNS)
+    except SamqError as error:
+        facts["note"] = f"no CUDA graph: {error}"
+    return Measured(times, replayed, embeddings, onnx.stat().st_size / MEGA, seconds, facts)
+
+
+@contextmanager
+def _worker() -> Iterator[Worker]:
+    """A TensorRT process of its own, so that builds run side by side and a crash costs one cell."""
+    worker = Worker(os.environ.get(ANOTHER_PYTHON, sys.executable))
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def build_plan(onnx: Path, folder: Path, float32: tuple[str, ...], options: BuildOptions) -> Path:
+    """The plan of a graph, from `folder` where the same graph was built there before.
+
+    Args:
+        float32: names of nodes that a weakly typed TensorRT must keep in float32.
+
+    Raises:
+        SamqError: as `samq.engines.tensorrt_build.build_engine`.
+    """
+    plan = folder / f"{sha256_of(onnx)[:16]}-level{options.optimization_level}.plan"
+    try:
+        load_info(plan)
+    except BadInput:  # not there, or not whole
+        with _worker() as worker:
+            worker.build(onnx, plan, replace(options, float32=float32))
+    return plan
+
+
+def measure_tensorrt(plan: Path, pixels: Pixels) -> Measured:
+    """A plan, launched kernel by kernel and as a CUDA graph."""
+    feeds = {ENCODER_INPUTS[0]: pixels}
+    info = load_info(plan)
+    with _worker() as worker:
+        engine = WorkerEngine(worker, plan)
+        embeddings = engine.run(feeds)[EMBEDDINGS]
+        times = engine.time(feeds, RUNS)
+        engine.close()
+        facts = _told(plan, info)
+        replayed: Sequence[float] = []
+        try:
+            replayed = WorkerEngine(worker, plan, cuda_graph=True).time(feeds, RUNS)
+        except SamqError as error:
+            facts["note"] = f"no CUDA graph: {error}"
+    return Measured(times, replayed, embeddings, info.plan_bytes / MEGA, info.seconds, facts)
+
+
+def _told(plan: Path, info: PlanInfo) -> dict[str, Any]:
+    executed = Counter(layer.compute for layer in executed_layers(plan).values())
+    return {"executed": dict(executed), "kernels": len(info.layers)}
+
+
+@contextmanager
+def tensorrt_predictor(encoder: Path, decoders: Mapping[int, Path]) -> Iterator[Predictor]:
+    """Both parts as plans, the decoder's by points a prompt."""
+    with _worker() as worker:
+        by_points = {points: WorkerEngine(worker, plan) for points, plan in decoders.items()}
+        yield Predictor(WorkerEngine(worker, encoder), ByPoints(by_points))
+
+
+class ByPoints:
+    """Decoders of static shapes as one engine: a prompt filled up to more points would get another answer.
+
+    Args:
+        decoders: by points a prompt.
+    """
+
+    def __init__(self, decoders: Mapping[int, Engine]) -> None:
+        self._decoders = decoders
+        first = next(iter(decoders.values()))
+        batch, prompts, _, coordinates = first.shapes["point_coords"]
+        self.inputs, self.outputs = first.inputs, first.outputs
+        self.shapes: Mapping[str, Sequence[int | str]] = {
+            **first.shapes,
+            "point_coords": (batch, prompts, "points", coordinates),
+        }
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by name."""
+        return self._decoders[feeds["point_coords"].shape[2]].run(feeds)
+
+
+class TorchPart:
+    """A part of a model in PyTorch, as an engine (`samq.engines.base.Engine`)."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self._module, self.inputs, self.outputs = module.eval(), inputs, outputs
+        self._device = next(module.parameters()).device
+        self.shapes: Mapping[str, Sequence[int | str]] = {"point_coords": ("batch", "prompts", "points", 2)}
+
+    @torch.no_grad()
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by name."""
+        given: list[Tensor] = [torch.from_numpy(np.asarray(feeds[name])).to(self._device) for name in self.inputs]
+        with _without_tf32():
+            answers = self._module(*given)
+        return {name: answer.cpu().numpy() for name, answer in zip(self.outputs, answers, strict=True)}
+
+
+def torch_predictor(model: Sam2Model) -> Predictor:
+    """Both parts in PyTorch, where the model is."""
+    return Predictor(
+        TorchPart(ImageEncoder(model), ENCODER_INPUTS, ENCODER_OUTPUTS),
+        TorchPart(MaskDecoder(model), DECODER_INPUTS, DECODER_OUTPUTS),
+    )

@@ -1,0 +1,167 @@
+"""One run of the script: what is due, group by group, until all is measured or the time is up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnxruntime  # type: ignore[import-untyped]
+import torch
+import transformers
+
+from samq.engines import tensorrt
+from samq.errors import MachineLacks, SamqError
+from samq.tools.bench_gpu.bench import Bench, Built
+from samq.tools.bench_gpu.cells import Cell, expected_seconds, groups
+from samq.tools.bench_gpu.record import Record
+from samq.tools.bench_gpu.subject import Subject
+from samq.tools.bench_gpu.table import progress_line
+from samq.tools.targets import target_at_hand
+
+NO_GPU = "this measures an NVIDIA GPU, and PyTorch sees none; run it on one (--prepare and --table need none)"
+LONGEST_REASON = 300  # characters
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for.
+
+    Args:
+        json: the record.
+        work: folder of graphs and plans.
+        jobs: plans built at once.
+        level: TensorRT's optimization level.
+        scenes: held-out scenes on which masks are compared.
+        redo: measure again what is measured.
+        deadline: on the clock of `time.monotonic`, or None.
+        command: for the record.
+    """
+
+    json: Path
+    work: Path
+    jobs: int
+    level: int
+    scenes: int
+    redo: bool
+    deadline: float | None
+    command: str
+
+
+def prepare(cells: Sequence[Cell], settings: Settings) -> None:
+    """Trace the graphs of all cells, which needs no GPU."""
+    bench_of = _one_at_a_time(settings, "cpu")
+    for cell in cells:
+        bench_of(cell.model).graphs.prepare(cell)
+
+
+def measure(cells: Sequence[Cell], settings: Settings) -> None:
+    """Measure what is due on the GPU at hand, and keep each figure at once.
+
+    Raises:
+        MachineLacks: PyTorch sees no GPU, or the record cannot be written.
+        UsageError, BadInput: as `Record`.
+    """
+    if not torch.cuda.is_available():
+        raise MachineLacks(NO_GPU)
+    record = Record(settings.json, facts(settings.command))
+    bench_of = _one_at_a_time(settings, "cuda")
+    due = [cell for cell in cells if settings.redo or record.is_due(cell)]
+    print(f"{len(cells)} cells, {len(due)} to measure", flush=True)
+    for group in groups(due, settings.jobs):
+        seconds = expected_seconds(group, record.known())
+        if settings.deadline is not None and time.monotonic() + seconds > settings.deadline:
+            print(f"left for later: {', '.join(c.key for c in group)}, about {seconds:.0f} s", flush=True)
+            continue
+        for cell, figures in _figures(bench_of(group[0].model), group):
+            record.put(cell, figures)
+            print(progress_line(cell, figures), flush=True)
+
+
+def _one_at_a_time(settings: Settings, device: str) -> Callable[[str], Bench]:
+    """The bench of a model; the one before it is dropped, for two large ones would fill the memory."""
+    last: list[Bench] = []
+
+    def bench_of(model: str) -> Bench:
+        if not last or last[0].subject.name != model:
+            last.clear()
+            last.append(Bench(Subject.load(model, device), settings.work, _target, settings.level, settings.scenes))
+        return last[0]
+
+    return bench_of
+
+
+_target = cache(target_at_hand)
+
+
+def _figures(bench: Bench, group: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Build all engines of a group, then measure one after the other."""
+    with ThreadPoolExecutor(len(group)) as pool:
+        futures = [_start(pool, bench, cell) for cell in group]
+    for cell, future in zip(group, futures, strict=True):
+        yield cell, attempt(bench, cell, future)
+
+
+def _start(pool: ThreadPoolExecutor, bench: Bench, cell: Cell) -> Future[Built]:
+    """Lower a cell, and let its engines be built while the next one is lowered."""
+    try:
+        return pool.submit(bench.build, cell, bench.lower(cell))
+    except Exception as error:  # it belongs to this cell, see `attempt`
+        failed: Future[Built] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def attempt(bench: Bench, cell: Cell, built: Future[Built]) -> dict[str, Any]:
+    """The figures of a cell, or the reason why there are none: what one engine raises must not cost the others."""
+    started = time.monotonic()
+    try:
+        done = built.result()
+        figures = bench.figures(cell, done)
+        return figures | {"seconds": round(done.seconds + time.monotonic() - started, 1)}
+    except Exception as error:
+        lacks = isinstance(error, MachineLacks | torch.OutOfMemoryError)
+        return {"reason": reason(error), "lacks": lacks, "seconds": round(time.monotonic() - started, 1)}
+
+
+def reason(error: BaseException) -> str:
+    """An error and its cause, a line each, without what colours a terminal."""
+    line = _COLOUR.sub("", str(error)).strip().partition("\n")[0] or type(error).__name__
+    cause = "" if error.__cause__ is None or isinstance(error, SamqError) else f" ({reason(error.__cause__)})"
+    return f"{line[:LONGEST_REASON]}{cause}"
+
+
+def facts(command: str) -> dict[str, Any]:
+    """The machine and the versions, for the record."""
+    try:
+        version, _ = tensorrt.about()
+    except MachineLacks as error:
+        version = f"none ({error})"
+    return {
+        "command": command,
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _driver(),
+        "cores": os.cpu_count(),
+        "TensorRT": version,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ONNX Runtime": onnxruntime.__version__,
+    }
+
+
+def _driver() -> str:
+    """Version of the driver, as nvidia-smi tells it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.splitlines()[0].strip()
