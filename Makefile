@@ -16,6 +16,10 @@ ARGS ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
+# Triton for the tests: pytriton's binaries, with the numpy that they are built for, apart from all other packages.
+# They run on Linux x86_64 with glibc 2.35 or newer.
+TRITON_SERVER = nvidia-pytriton==0.7.0 numpy==1.26.4
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint constraints clean
@@ -63,6 +67,8 @@ lint: .venv/.samq-dev
 
 .venv/.samq-dev: .venv/.samq-base
 	@$(INSTALL) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) --only-binary :all: --no-deps --upgrade \
+	  --target .venv/triton $(TRITON_SERVER) || echo "samq: no Triton server for this machine; its tests are skipped"
 	@touch $@
 
 # The optional extras are resolved with the rest, so that each of them fits the pins, then left out. Pins that
