@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,11 @@ def _load(directory: Path, config: Sam2Config, allow_pickle: bool) -> Sam2Model:
             ignore_mismatched_sizes=True,  # they are told by name below
             output_loading_info=True,
         )
+    except pickle.UnpicklingError as error:  # torch's advice is to trust the file
+        raise BadInput(
+            f"{directory}: the pickled checkpoint holds more than tensors and is refused; "
+            "convert it to safetensors where it can be trusted"
+        ) from error
     except Exception as error:  # safetensors, torch, transformers and the OS each have their own
         raise BadInput(f"{directory}: the weights cannot be read ({_line(error)}); download them again") from error
     finally:

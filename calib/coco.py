@@ -53,7 +53,8 @@ class CocoSource:
         self._annotations = annotations
         self._entries, self._segmentations = _read(annotations)
         self._folder = _image_folder(annotations, images, [entry.name for entry in self._entries])
-        self.description = f"COCO {annotations} ({len(self._entries)} images in {self._folder})"
+        unused = "" if self._segmentations is not None else "; without segmentations, so boxes are not used"
+        self.description = f"COCO {annotations} ({len(self._entries)} images in {self._folder}{unused})"
         self.unreadable: list[str] = []
 
     def __len__(self) -> int:

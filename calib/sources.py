@@ -207,7 +207,7 @@ class DatasetSource:
         name = f"dataset[{index}]"
         try:
             item = self._dataset[index]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BadInput(f"{name}: {reason(error)}") from error
         try:
             image, masks = _image_and_masks(item)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from samq.calib.parts import PARTS, part_of
+from samq.errors import UsageError
 from samq.quant.config import Recipe
 from samq.quant.grids import Grid, groups_of
 
@@ -71,6 +73,19 @@ def make_plan(model: nn.Module, recipe: Recipe, parts: Collection[str] = PARTS) 
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             plans.append(_plan_convolution(name, module))
     return plans
+
+
+def require_layers(plans: Sequence[LayerPlan]) -> None:
+    """Insist that something is left to quantize.
+
+    Raises:
+        UsageError: nothing is; the message names the most frequent reason.
+    """
+    if any(plan.skip is None for plan in plans):
+        return
+    keys = Counter(plan.skip for plan in plans if plan.skip and plan.skip.startswith("wgts."))
+    advice = f"; set {keys.most_common(1)[0][0]}: false" if keys else ""
+    raise UsageError(f"the config and --parts leave no layer to quantize{advice}")
 
 
 def group_for(inputs: int, asked: int, weight_only: bool) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from samq.quant.config import Recipe
 from samq.quant.folds import Folds
 from samq.quant.layers import LayerCodes
 from samq.quant.passes import HESSIAN, LayerNotes, Pass, Work, passes_for
-from samq.quant.plan import LayerPlan, make_plan
+from samq.quant.plan import LayerPlan, make_plan, require_layers
 from samq.quant.sites import linear_at
 
 EXACT_TOLERANCE = 1e-3  # relative, of both parts' outputs; FP32 rounding through the largest Hiera stays below
@@ -68,9 +68,8 @@ def quantize(
         RuntimeError: a pass did not keep what it declares (a bug).
     """
     plans = make_plan(model, recipe, parts)
+    require_layers(plans)
     chosen = {plan.name: plan for plan in plans if plan.skip is None}
-    if not chosen:
-        raise UsageError("the config and --parts leave no layer to quantize")
     passes = passes_for(recipe)
     needs = frozenset[str]({HESSIAN} if measure else ()).union(*(step.needs for step in passes))
     if needs and calibration is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from samq.tools.demo.dataset import IMAGES
 from samq.tools.prove_parity import BACKBONES, random_sam2
-from samq.tools.report import environment
+from samq.tools.report.environment import environment
 
 GIB = 1 << 30
 KIB = 1 << 10

@@ -26,11 +26,10 @@ from samq.quant.quantize import quantize
 from samq.tools.demo.dataset import CHECKPOINT, IMAGES, SCENES
 from samq.tools.job import Job, open_data
 from samq.tools.progress import Reporter
-from samq.tools.report import environment
+from samq.tools.report.environment import environment
 from samq.tools.stages import claim, load, recipe_of, run_stages
 
 STAGES = ("quantize", "export", "build", "validate")
-ROUNDING = 1e-3  # relative slack when two output errors are compared
 
 
 def main() -> None:
@@ -78,7 +77,7 @@ def _gptq_against_rtn(recipe: Recipe) -> dict[str, int] | None:
     values = recipe.model_dump()
     values["wgts"]["kernel_gptq"] = None
     errors = [_output_errors(recipe), _output_errors(Recipe.model_validate(values))]
-    better = sum(errors[0][layer] <= errors[1][layer] * (1 + ROUNDING) for layer in errors[0])
+    better = sum(errors[0][layer] <= errors[1][layer] for layer in errors[0])
     return {"layers": len(errors[0]), "no_worse": better}
 
 

@@ -6,11 +6,13 @@ what was asked for · 6 bad input data or checkpoint · 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -19,8 +21,10 @@ from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageErr
 
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
 DEFAULT_CONFIG = "int4_svdquant"
-INTERRUPTED = 130
+INTERRUPTED, BUG = 130, 1
 USUAL_SIZES = {"batch": 1, "prompts": 1, "points": 2}  # of a TensorRT plan's dynamic sides
+
+_answers: ContextVar[TextIO] = ContextVar("answers", default=sys.stdout)  # where --json's object goes
 
 EPILOG = """
 \b
@@ -49,6 +53,26 @@ def _parse_parts(context: click.Context, parameter: click.Parameter, value: str)
     if wrong or not chosen:
         raise click.BadParameter(f"{', '.join(wrong) or 'nothing'} given; choose from {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in chosen)
+
+
+def _parse_numbers(*counts: int) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback for one value, or several of a repeated option, of so many numbers with commas between them."""
+
+    def parse(text: str) -> list[float]:
+        try:
+            numbers = [float(number) for number in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in counts:
+            raise click.BadParameter(f"{text!r} is not {' or '.join(map(str, counts))} numbers separated by commas")
+        return numbers
+
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        if value is None:
+            return None
+        return parse(value) if isinstance(value, str) else [parse(text) for text in value]
+
+    return callback
 
 
 _output = click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Directory of the results.")
@@ -102,7 +126,9 @@ _what = _options(
         "--config", default=DEFAULT_CONFIG, show_default=True, help="A preset's name, or the path of a YAML file."
     ),
     click.option("--num-calib-samples", type=click.IntRange(1), help="Calibration images.  [default: the config's]"),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every random choice."
+    ),
     click.option(
         "--parts",
         default=",".join(PARTS),
@@ -137,8 +163,14 @@ _gates = _options(
     click.option("--min-speedup", type=click.FloatRange(0), help="Exit 4 below this ratio to the FP32 baseline."),
 )
 _evaluation = _options(
-    click.option("--eval-data", help="Evaluation images: a folder, a COCO .json file, or module:factory."),
-    click.option("--num-eval-samples", type=click.IntRange(1), help="Images to evaluate on.  [default: 32]"),
+    click.option(
+        "--eval-data",
+        help="Evaluation images: a folder, a COCO .json file, or module:factory.  [default: as in `run`, or some of "
+        "--calib-data]",
+    ),
+    click.option(
+        "--num-eval-samples", type=click.IntRange(1), help="Images to evaluate on.  [default: as in `run`, or 32]"
+    ),
 )
 
 
@@ -160,6 +192,7 @@ def cli() -> None:
     The whole job:    samq-export run --model-path DIR --calib-data PHOTOS --output-dir OUT
     On the demo:      samq-export demo --output-dir out/demo
     Stage by stage:   quantize, export, build, validate, each going on from OUT
+    Several results:  samq-export compare OUT1 OUT2
     """
 
 
@@ -194,9 +227,12 @@ def run(**options: Any) -> None:
 @_talk
 def demo(**options: Any) -> None:
     """`run` on the demo model that is shipped with samq."""
+    from samq.quant.config import preset_names
     from samq.tools.demo.dataset import CALIBRATION_IMAGES, CHECKPOINT, IMAGES
 
-    images = options["num_calib_samples"] or CALIBRATION_IMAGES
+    images = options["num_calib_samples"]
+    if options["config"] in preset_names():  # which ask for more scenes than are shipped
+        images = images or CALIBRATION_IMAGES
     _whole_job({**options, "model_path": str(CHECKPOINT), "calib_data": str(IMAGES), "num_calib_samples": images})
 
 
@@ -251,17 +287,148 @@ def validate(**options: Any) -> None:
 
 
 @cli.command()
+@_output
+@click.option(
+    "--repository",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to.  [default: triton, in the output directory]",
+)
+@click.option("--model-version", type=click.IntRange(1), default=1, show_default=True, help="Version of the models.")
+@click.option(
+    "--plans-of",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Output directory with TensorRT plans of the same graphs for another GPU; may be repeated.",
+)
+@click.option("--store-mib", type=click.IntRange(1), help="Memory for images to click on again.  [default: 1024]")
+@click.option("--concurrency", type=click.IntRange(1), help="Requests answered side by side.  [default: 8]")
+@click.option("--max-batch", type=click.IntRange(1), help="Images at a time, with --dynamic-shapes.  [default: 4]")
+@_talk
+def triton(**options: Any) -> None:
+    """A model repository for Triton from a finished output directory.
+
+    \b
+    samq-export triton --output-dir ./out
+    docs/triton.md says how to serve it.
+    """
+    from samq.tools.outdir import OutputDir
+    from samq.tools.triton.config import Serving
+    from samq.tools.triton.layout import REPOSITORY, lay_out
+
+    out = OutputDir.open(options["output_dir"])
+    repository = options["repository"] or out.path / REPOSITORY
+    chosen = {name: options[name] for name in ("store_mib", "concurrency", "max_batch") if options[name] is not None}
+    others = [OutputDir.open(path) for path in options["plans_of"]]
+    engine = lay_out(out, repository, Serving(**chosen), others=others, model_version=options["model_version"])
+    if options["as_json"]:
+        _print_json({"repository": str(repository), "engine": engine.folder, "models": engine.models})
+    elif not options["quiet"]:
+        click.echo(f"Done: {repository} ({', '.join(engine.models)}; {engine.folder})")
+
+
+@cli.command()
+@click.option("--image", type=click.Path(path_type=Path), help="JPEG, PNG or WebP file.")
+@click.option("--handle", help="Of an earlier answer, instead of an image.")
+@click.option("--box", callback=_parse_numbers(4), metavar="X1,Y1,X2,Y2", help="Box around the object, in pixels.")
+@click.option(
+    "--point",
+    "points",
+    multiple=True,
+    callback=_parse_numbers(2, 3),
+    metavar="X,Y[,LABEL]",
+    help="Point on the object, or beside it with label 0; may be repeated.",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="PNG file of the mask.")
+@click.option("--url", metavar="HOST:PORT", help="Of the server.  [default: localhost, at Triton's port]")
+@click.option("--protocol", type=click.Choice(["http", "grpc"]), default="http", show_default=True)
+@click.option("--ssl", is_flag=True, help="The server speaks TLS.")
+@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Sent along, such as a token.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Seconds.")
+@_json
+def client(**options: Any) -> None:
+    """Ask a Triton server for the mask of an object.
+
+    \b
+    samq-export client --image photo.jpg --box 40,60,210,180 --out mask.png
+    Exit codes: 0 written; 2 bad usage; 5 no server answers; 6 bad image or request.
+    """
+    from samq.calib.images import read_image
+    from samq.tools.client import SamClient, save_mask
+
+    if (options["image"] is None) == (options["handle"] is None):
+        raise UsageError("give either --image or --handle")
+    if options["box"] is None and not options["points"]:
+        raise UsageError("give --box or --point")
+    if any("=" not in header for header in options["headers"]):
+        raise UsageError("a --header is NAME=VALUE")
+    image = None if options["image"] is None else read_image(options["image"], str(options["image"]))
+    box = None if options["box"] is None else [options["box"]]
+    points = [[point[:2] for point in options["points"]]] if options["points"] else None
+    labels = [[int(point[2]) if len(point) == 3 else 1 for point in options["points"]]] if points else None
+    headers = dict(header.split("=", 1) for header in options["headers"])
+    with SamClient(
+        options["url"], options["protocol"], ssl=options["ssl"], headers=headers, timeout=options["timeout"]
+    ) as server:
+        answer = server.predict(image, handle=options["handle"], boxes=box, points=points, labels=labels)
+    mask = answer.masks[0, 0]
+    save_mask(options["out"], mask)
+    found = {
+        "mask": str(options["out"]),
+        "pixels": int(mask.sum()),
+        "size": [mask.shape[1], mask.shape[0]],
+        "score": round(float(answer.scores[0, 0]), 4),
+        "object_score": round(float(answer.object_scores[0]), 4),
+        "handle": answer.handle,
+    }
+    if options["as_json"]:
+        _print_json(found)
+    else:
+        click.echo(f"{found['mask']}: {found['pixels']} pixels, predicted IoU {found['score']:.3f}")
+        click.echo(f"handle for further clicks: {answer.handle}")
+
+
+@cli.command()
+@click.argument("outputs", metavar="OUT1 OUT2 …", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page: this file.")
+@_json
+def compare(outputs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Several finished output directories in one table.
+
+    \b
+    samq-export compare out/int4_w4a8 out/int4_svdquant --html compare.html
+    Figures that cannot be compared with the first one's are marked.
+    """
+    from samq.files import write_text
+    from samq.tools.report import compare as runs_compared
+
+    runs = runs_compared.read_runs(outputs)
+    if html is not None:
+        write_text(html, runs_compared.compare_page(runs))
+    if as_json:
+        _print_json(runs_compared.as_json(runs))
+    else:
+        click.echo(runs_compared.as_text(runs))
+
+
+@cli.command()
 @_json
 def doctor(as_json: bool) -> None:
     """What this machine can do, and what its engines would execute."""
     from samq.tools.doctor import as_text, examine
 
     facts = examine()
-    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(as_text(facts))
 
 
 def _build_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says about the TensorRT builder, as JSON values."""
+    """What the command line says about the TensorRT builder, as JSON values.
+
+    Raises:
+        UsageError: it says something, and the engine is another one.
+    """
     names = ("optimization_level", "workspace_mib", "version_compatible", "hardware_compatible", "refittable")
     chosen = {name: options[name] for name in names if options.get(name)}
     if options.get("timing_cache"):
@@ -270,6 +437,8 @@ def _build_options(options: dict[str, Any]) -> dict[str, Any]:
     if any(ranges.values()):
         most = {side: most or USUAL_SIZES[side] for side, most in ranges.items()}
         chosen["ranges"] = {side: [1, min(USUAL_SIZES[side], size), size] for side, size in most.items()}
+    if chosen and options["engine"] != "tensorrt":
+        raise UsageError(f"{', '.join(chosen)}: these are options of TensorRT's builder; add --engine tensorrt")
     return chosen
 
 
@@ -279,6 +448,7 @@ def _whole_job(options: dict[str, Any]) -> None:
 
 def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     """Claim the output directory for a new job, or find it again, and run its stages."""
+    from samq.quant.plan import make_plan, require_layers
     from samq.tools.gates import check_gates_can_be_told
     from samq.tools.job import FIELDS, Job, open_data
     from samq.tools.plan_table import plan_as_json, print_plan
@@ -286,12 +456,13 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     from samq.tools.stages import claim, load, recipe_of, run_stages
     from samq.tools.targets import target_of
 
-    reporter = Reporter(options["quiet"])
+    reporter = Reporter(options["quiet"], _command())
     recipe = recipe_of(options["config"], options["num_calib_samples"])
     given = {key: options.get(key) for key in FIELDS if key not in ("model", "build_options")}
     job = Job.of(recipe, model=options["model_path"], build_options=_build_options(options), **given)
     if options["dry_run"]:
         model = load(job).model
+        require_layers(make_plan(model, recipe, job.parts))
         if options["as_json"]:
             _print_json(plan_as_json(model, recipe, job.parts))
         else:
@@ -303,6 +474,7 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
     check_gates_can_be_told(data, gates)
     checkpoint = load(job)
+    require_layers(make_plan(checkpoint.model, recipe, job.parts))
     out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
     _finish(options, run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint))
 
@@ -322,14 +494,19 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
     job = replace(Job.from_json(out.job), **{key: value for key, value in changes.items() if value is not None})
     recipe = load_recipe(str(out.path / "config.yaml"))
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
-    calibrated_on = out.stages["quantize"]["calibration_fingerprint"]
+    calibrated_on = out.detail("quantize", "calibration_fingerprint")
     data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
-    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"]), data))
+    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data))
+
+
+def _command() -> list[str]:
+    """The words that started samq."""
+    return ["samq-export", *sys.argv[1:]]
 
 
 def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
     from samq.tools.gates import missed_gate
-    from samq.tools.report import verdict
+    from samq.tools.report.verdict import verdict
 
     missed = missed_gate(result)
     if options["as_json"]:
@@ -338,7 +515,7 @@ def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
         pass
     elif "accuracy" in result:
         click.echo(verdict(result))
-        click.echo(f"Report: {options['output_dir'] / 'report' / 'report.md'}")
+        click.echo(f"Report: {options['output_dir'] / 'report' / 'report.html'}")
     else:
         click.echo(f"Done: {options['output_dir']} ({', '.join(result['stages'])})")
     if missed is not None:
@@ -346,13 +523,18 @@ def _finish(options: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json.dumps(value, indent=2), file=_answers.get())
 
 
 def main() -> NoReturn:
-    """Entry point: every expected failure becomes one line and its exit code."""
+    """Entry point: every expected failure becomes one line and its exit code.
+
+    With --json, stdout is for the answer alone: what users' data sets and libraries print goes to stderr.
+    """
+    _answers.set(sys.stdout)
     try:
-        cli(standalone_mode=False)
+        with contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.UsageError as error:
@@ -366,6 +548,10 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; the same command goes on with the finished stages", INTERRUPTED)
+    except Exception as error:
+        if "--json" in sys.argv:
+            _print_json({"error": f"a bug of samq: {error!r}", "exit_code": BUG})
+        raise
     sys.exit(0)
 
 

@@ -11,8 +11,8 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 
 from samq.quant.config import load_recipe, preset_names
-from samq.tools.report import environment
-from samq.tools.targets import requests
+from samq.tools.report.environment import environment
+from samq.tools.targets import executions
 
 
 def examine() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
         "triton_client": _version("tritonclient"),
         "int8_instructions": _int8_instructions(),
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
-        "presets": {name: requests(load_recipe(name)) for name in preset_names()},
+        "presets": {name: executions(load_recipe(name)) for name in preset_names()},
     }
 
 

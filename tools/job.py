@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 import samq
 from samq.calib.parts import PARTS
 from samq.calib.sources import ImageSource, absolute, open_source, split
@@ -86,12 +88,15 @@ class Job:
         Raises:
             BadInput: another version of samq wrote them.
         """
+        wrong = ", ".join(sorted(values.keys() ^ set(FIELDS)))
         try:
-            return Job(**(values | {"parts": tuple(values["parts"])}))
-        except (KeyError, TypeError) as error:
-            raise BadInput(
-                f"the manifest's job is of another version of samq ({error}); run again with --force"
-            ) from error
+            if not wrong:
+                return TypeAdapter(Job).validate_python(values)
+        except ValidationError as error:
+            wrong = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+        raise BadInput(
+            f"the manifest's job is of another version of samq, or damaged ({wrong}); run again with --force"
+        )
 
     @property
     def is_static(self) -> bool:
@@ -169,7 +174,8 @@ def _separate_evaluation(job: Job) -> Data | None:
     """Evaluation images that have nothing to do with the calibration images, where there are such."""
     if job.eval_data is not None:
         evaluation = open_source(job.eval_data)
-        return Data(None, evaluation, f"--eval-data: {evaluation.description}")
+        same = ", which were calibrated on as well" if job.eval_data == job.calib_data else ""
+        return Data(None, evaluation, f"--eval-data: {evaluation.description}{same}")
     if job.is_demo:
         return Data(None, open_source(HELD_OUT), "held-out scenes of the demo model")
     return None

@@ -1,27 +1,27 @@
 """The output directory: what is in it, which stages are done, and whose work it is.
 
-manifest.json       stages done, sha256 of each artifact, the job's fingerprint
+manifest.json       stages done with their command, log, time and memory, sha256 of each artifact, the job's fingerprint
 config.yaml         the resolved recipe
 weights/            quantized.safetensors, config.json, layers.json
 onnx/               canonical Q/DQ parts; fp32/ and fp16/ hold the baseline's
 engines/<target>/   lowered parts
-report/             report.json, report.md
+report/             report.json, prompts.json and examples/, and made of them: report.html, report.md
+triton/             model repository, from `samq-export triton`
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from samq.errors import BadInput, UsageError
-from samq.files import is_temporary, sha256_of, temporaries, write_json
+from samq.files import is_temporary, removed, sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
-OURS = ("config.yaml", "weights", "onnx", "engines", "report", MANIFEST)  # the manifest goes last
+OURS = ("config.yaml", "weights", "onnx", "engines", "report", "triton", MANIFEST)  # the manifest goes last
 STAGES = ("quantize", "export", "build", "validate")
 
 
@@ -33,13 +33,15 @@ class OutputDir:
         path: the directory.
         job: what was asked for, as JSON values; enough to go on from here.
         fingerprint: hex digest of configuration, checkpoint, calibration data and code.
-        stages: stage → {"artifacts": {relative path: sha256}, "seconds": float, …}.
+        stages: stage → {"artifacts": {relative path: sha256}, …}, with what `samq.tools.watch.Watch` took.
+        superseded: relative paths of another job's artifacts, which stay until this one has something to put there.
     """
 
     path: Path
     job: dict[str, Any]
     fingerprint: str
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    superseded: tuple[str, ...] = ()
 
     @staticmethod
     def open(path: Path) -> OutputDir:
@@ -63,8 +65,9 @@ class OutputDir:
     def claim(path: Path, job: dict[str, Any], fingerprint: str, force: bool) -> OutputDir:
         """The directory for a job: a new one, or the one in which the same job stopped.
 
-        The manifest is written at once, so that a job that is killed before its first stage is done is known again.
-        With `force`, what samq wrote into the directory is removed first. Files that others put there stay.
+        The manifest is written at once, so that a job that is killed before its first stage is done is known again. A
+        directory in which another job has finished nothing is taken over. With `force` the finished results of another
+        job, and nothing else, go when `make_room` is called.
 
         Raises:
             UsageError: the directory holds something else and `force` is not given.
@@ -76,29 +79,56 @@ class OutputDir:
         if path.is_dir():
             if (path / MANIFEST).is_file():
                 _remove_leftovers(path)
-                if not force:
-                    earlier = OutputDir.open(path)
-                    if earlier.fingerprint == fingerprint:
-                        return OutputDir(path, job, fingerprint, earlier.stages)
+                if force:
+                    return OutputDir(path, job, fingerprint, superseded=_artifacts_in(path))
+                earlier = OutputDir.open(path)
+                if earlier.fingerprint == fingerprint:
+                    return OutputDir(path, job, fingerprint, earlier.stages)
+                if earlier.stages:
                     raise UsageError(
                         f"{path} holds the results of another job (config, checkpoint, data or version differ);"
                         " choose another --output-dir or overwrite it with --force"
                     )
-                for name in OURS:
-                    _remove(path / name)
             elif any(path.iterdir()) and not force:
                 raise UsageError(f"{path} is not empty and not samq's; choose another --output-dir or give --force")
         claimed = OutputDir(path, job, fingerprint)
         claimed.save()
         return claimed
 
+    def make_room(self) -> None:
+        """Remove the results of the job that this one supersedes; to be called when the first new one is at hand.
+
+        Raises:
+            MachineLacks: the directory cannot be written to.
+        """
+        for name in self.superseded:
+            path = self.path / name
+            if path.resolve().is_relative_to(self.path.resolve()):  # not through a link, nor out of here
+                removed(path)
+                _remove_empty(path.parent, self.path)
+        self.superseded = ()
+        self.save()
+
+    def detail(self, stage: str, name: str) -> Any:
+        """What a stage noted.
+
+        Raises:
+            BadInput: it noted no such thing.
+        """
+        try:
+            return self.stages[stage][name]
+        except KeyError as error:
+            raise BadInput(f"{self.path / MANIFEST} lacks {name} of `{stage}`; run again with --force") from error
+
     def done(self, stage: str) -> bool:
         """The stage is recorded and all its artifacts are as they were written."""
-        entry = self.stages.get(stage)
-        return entry is not None and all(
-            (self.path / name).is_file() and sha256_of(self.path / name) == digest
-            for name, digest in entry["artifacts"].items()
-        )
+        return stage in self.stages and all(self._holds(name, digest) for name, digest in self._digests(stage))
+
+    def _digests(self, stage: str) -> list[tuple[str, str]]:
+        return list(self.stages[stage]["artifacts"].items())
+
+    def _holds(self, name: str, digest: str) -> bool:
+        return (self.path / name).is_file() and sha256_of(self.path / name) == digest
 
     def require(self, stage: str) -> None:
         """Insist that a stage and those before it are done.
@@ -108,13 +138,19 @@ class OutputDir:
         """
         for needed in STAGES[: STAGES.index(stage) + 1]:
             if not self.done(needed):
-                state = "was changed or is missing a file" if needed in self.stages else "is not there yet"
-                raise BadInput(f"{self.path}: the result of `{needed}` {state}; run `samq-export {needed}` first")
+                if needed not in self.stages:
+                    raise BadInput(f"{self.path}: `{needed}` is not done yet; run `samq-export {needed}` first")
+                name = next(name for name, digest in self._digests(needed) if not self._holds(name, digest))
+                state = "was changed" if (self.path / name).is_file() else "is missing"
+                raise BadInput(
+                    f"{self.path / name} {state} since `{needed}`; put it back or run `samq-export {needed}` again "
+                    "(another config goes into a file of its own, given as --config)"
+                )
 
-    def record(self, stage: str, artifacts: Iterable[Path], seconds: float, **details: Any) -> None:
+    def record(self, stage: str, artifacts: Iterable[Path], **details: Any) -> None:
         """Note a finished stage in the manifest; later stages are no longer valid."""
         digests = {str(path.relative_to(self.path)): sha256_of(path) for path in sorted(artifacts)}
-        self.stages[stage] = {"artifacts": digests, "seconds": round(seconds, 3), **details}
+        self.stages[stage] = {"artifacts": digests, **details}
         for later in STAGES[STAGES.index(stage) + 1 :]:
             self.stages.pop(later, None)
         self.save()
@@ -124,17 +160,26 @@ class OutputDir:
         write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
 
 
+def _artifacts_in(path: Path) -> tuple[str, ...]:
+    """What the manifest of a directory lists, or nothing where it is unreadable."""
+    try:
+        stages = OutputDir.open(path).stages
+    except BadInput:
+        return ()
+    return tuple(name for stage in stages.values() for name in stage["artifacts"])
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed writes of samq left, and nothing else."""
     folders = [path / name for name in OURS if (path / name).is_dir()]
     leftovers = [file for folder in folders for file in temporaries(folder)]
     leftovers += [file for name in OURS for file in path.glob(f".{name}.*") if is_temporary(file)]
     for file in leftovers:
-        _remove(file)
+        removed(file)
 
 
-def _remove(target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
+def _remove_empty(folder: Path, root: Path) -> None:
+    """Remove a folder and those above it, up to `root`, as far as they are empty."""
+    while folder != root and folder.is_dir() and not any(folder.iterdir()):
+        removed(folder)
+        folder = folder.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,21 +16,30 @@ class Reporter:
 
     Args:
         quiet: say nothing but errors.
+        command: the words of the command line that started samq, for the report.
+
+    Attributes:
+        said: every message so far, also those that `quiet` kept back.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, command: Sequence[str] = ()) -> None:
         self.quiet = quiet
+        self.command = command
+        self.said: list[str] = []
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, message: str) -> None:
         """One line for the user."""
-        if not self.quiet:
-            self.console.print(message, markup=False, soft_wrap=True)
+        self._note(message)
 
     def warn(self, message: str) -> None:
         """One line that the user should not miss."""
+        self._note(f"warning: {message}", style="yellow")
+
+    def _note(self, line: str, style: str | None = None) -> None:
+        self.said.append(line)
         if not self.quiet:
-            self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+            self.console.print(line, style=style, markup=False, soft_wrap=True)
 
     @contextmanager
     def track(self, title: str, total: int | None) -> Iterator[Callable[[], None]]:

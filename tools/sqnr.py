@@ -46,8 +46,10 @@ def layer_sqnr(
 def _outputs(model: Sam2Model, layers: Collection[str], batch: Tensor, prompted: bool) -> dict[str, Tensor]:
     """Rows of the layers' outputs for one image."""
     kept: dict[str, Tensor] = {}
-    handles = [model.get_submodule(name).register_forward_hook(_keeping(kept, name)) for name in layers]
+    handles = []
     try:
+        for name in layers:
+            handles.append(model.get_submodule(name).register_forward_hook(_keeping(kept, name)))
         features = ImageEncoder(model)(batch)
         if prompted:
             decode(MaskDecoder(model), features, clicks(grid(batch.shape[-1], GRID_PER_SIDE)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -27,15 +26,20 @@ from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
-from samq.tools.evaluate import as_json, evaluate, summarize
+from samq.tools.engine_memory import measure_engine_memory
+from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, check_gates_can_be_told, judge
 from samq.tools.job import Data, Job, fingerprint
 from samq.tools.latency import measure_latency
-from samq.tools.outdir import OutputDir
+from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.progress import Reporter
-from samq.tools.report import Measured, build_report, to_markdown
+from samq.tools.report.build import Measured, build_report
+from samq.tools.report.examples import draw_examples
+from samq.tools.report.pareto import read_search
+from samq.tools.report.writing import write_report
 from samq.tools.sqnr import layer_sqnr
-from samq.tools.targets import target_of, tensorrt_target
+from samq.tools.targets import OnnxRuntimeCpu, Target, target_of, tensorrt_target
+from samq.tools.watch import Watch
 
 SQNR_IMAGES = 4
 
@@ -77,9 +81,14 @@ def run_stages(
     Raises:
         MachineLacks: out of memory.
     """
-    out.job = job.as_json()
+    if tuple(stages) != ("validate",):  # whose evaluation images are its own affair
+        out.job = job.as_json()
     report: dict[str, Any] = {}
     for stage in stages:
+        if stage != "quantize":
+            out.require(STAGES[STAGES.index(stage) - 1])
+        if stage == "build":
+            _check_shapes(out, job)
         with _memory_errors_told(job):
             if stage == "validate":
                 assert data is not None
@@ -126,10 +135,11 @@ def run_quantize(
     out: OutputDir, job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter
 ) -> None:
     """Checkpoint and images → `weights/` and `config.yaml`."""
-    started = time.perf_counter()
+    watch = Watch(reporter)
     torch.manual_seed(job.seed)
     seen: list[str] = []
     quantized = _quantize(job, recipe, checkpoint, data, reporter, seen)
+    out.make_room()
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
     paths.append(quantized.folds.save(weights))
@@ -141,7 +151,7 @@ def run_quantize(
     out.record(
         "quantize",
         [*paths, layers, out.path / "config.yaml"],
-        time.perf_counter() - started,
+        **watch.taken(),
         options=_options_of("quantize", job),
         checkpoint=checkpoint.fingerprint,
         calibration=None if source is None else f"{len(seen)} images of {source.description}",
@@ -216,7 +226,7 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     With a target named, the graphs are lowered for it too, so that only the engines are left to build elsewhere.
     """
     out.require("quantize")
-    started = time.perf_counter()
+    watch = Watch(reporter)
     baseline = _baseline(out, job)
     model, codes = load_quantized(out.path / "weights")
     folder = out.path / "onnx"
@@ -235,7 +245,7 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
         target = tensorrt_target(job)
         with reporter.track(f"lower for {target.folder}", target.graphs) as step:
             paths += target.lower(folder, out.path / "engines" / target.folder, step)
-    out.record("export", paths, time.perf_counter() - started, options=_options_of("export", job))
+    out.record("export", paths, **watch.taken(), options=_options_of("export", job))
 
 
 def _baseline(out: OutputDir, job: Job) -> Sam2Model:
@@ -245,29 +255,37 @@ def _baseline(out: OutputDir, job: Job) -> Sam2Model:
         BadInput: the checkpoint is another one by now.
     """
     checkpoint = load(replace(job, device="cpu"))
-    if checkpoint.fingerprint != out.stages["quantize"]["checkpoint"]:
+    if checkpoint.fingerprint != out.detail("quantize", "checkpoint"):
         raise BadInput(f"{job.model} was changed since `quantize`; put it back, or run again with --force")
     return checkpoint.model
+
+
+def _check_shapes(out: OutputDir, job: Job) -> None:
+    """Insist that the graphs were exported with the shapes that the engine is to have.
+
+    Raises:
+        UsageError: they were not.
+    """
+    exported = out.detail("export", "options")["static_shapes"]
+    if exported != job.is_static and (job.engine == "tensorrt" or job.static_shapes is not None):
+        kinds = ("dynamic", "static")
+        raise UsageError(
+            f"{out.path} was exported with {kinds[exported]} shapes, this engine wants {kinds[job.is_static]} ones; "
+            f"run `samq-export export --{kinds[job.is_static]}-shapes` first, or choose --{kinds[exported]}-shapes"
+        )
 
 
 def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
     """`onnx/` → `engines/<target>/`: the parts lowered for the target, and its engines."""
     out.require("export")
-    started = time.perf_counter()
+    watch = Watch(reporter)
     target = target_of(job)
     target.require()
-    exported = out.stages["export"]["options"]["static_shapes"]
-    if job.engine == "tensorrt" and exported != job.is_static:
-        kinds = ("dynamic", "static")
-        raise UsageError(
-            f"{out.path} was exported with {kinds[exported]} shapes, and this plan wants {kinds[job.is_static]} ones; "
-            f"run `samq-export export --target {target.folder}` first, or choose --{kinds[exported]}-shapes"
-        )
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
         paths += target.build(folder, step)
-    out.record("build", paths, time.perf_counter() - started, options=_options_of("build", job))
+    out.record("build", paths, **watch.taken(), options=_options_of("build", job))
 
 
 def run_validate(
@@ -277,46 +295,65 @@ def run_validate(
 
     Raises:
         UsageError: an accuracy gate without evaluation data.
+        BadInput: the result of a search is beside the report, and unreadable.
     """
     out.require("build")
-    started = time.perf_counter()
+    watch = Watch(reporter)
     check_gates_can_be_told(data, gates)
+    report_folder = out.path / "report"
+    read_search(report_folder)
+    float_model = None if data.evaluation is None else _baseline(out, job)  # before minutes are spent on anything
     target = target_of(job)
     folder = out.path / "engines" / target.folder
     baseline, quantized = target.open(out.path / "onnx", folder)
     image_size = int(baseline.encoder.shapes["pixel_values"][-1])
     processor = SamProcessor.from_checkpoint(out.path / "weights", image_size)
-    records, accuracy, sqnr = [], None, {}
+    records: list[Record] | None = None
+    images, examples, sqnr = None, [], {}
     if data.evaluation is not None:
-        count = min(job.num_eval_samples, len(data.evaluation))
+        count, seen = min(job.num_eval_samples, len(data.evaluation)), Seen()
         with reporter.track(f"evaluate, {count} images", count) as step:
-            samples = take(data.evaluation, count, job.seed)
+            samples = seen.watch(take(data.evaluation, count, job.seed))
             records = evaluate(baseline, quantized, samples, processor, step)
         warn_of_unreadable(data.evaluation, reporter)
-        accuracy = summarize(records)
-        sqnr = _sqnr(out, job, data.evaluation, processor, reporter)
+        images = seen.fingerprint()
+        with reporter.track("pictures", None):
+            samples = take(data.evaluation, count, job.seed)
+            examples = draw_examples(baseline, quantized, samples, processor, records, report_folder)
+        assert float_model is not None
+        sqnr = _sqnr(out, job, float_model, data.evaluation, processor, reporter)
     with reporter.track("latency", None):
         latency = {
             "engine": job.engine,
             "baseline": target.baseline,
             **measure_latency(baseline, quantized, image_size),
         }
-    measured = Measured(accuracy, latency, sqnr, target.executed(folder))
-    report = build_report(out, job, recipe, data, target, measured)
+    memory = _engine_memory(out, target, reporter)
+    measured = Measured(records, images, examples, latency, sqnr, target.executed(folder), memory)
+    report = build_report(out, job, recipe, data, target, measured, watch.taken())
     report["gates"] = judge(report, gates)
-    report["seconds"]["validate"] = round(time.perf_counter() - started, 3)
-    write_json(out.path / "report" / "prompts.json", as_json(records))
-    write_json(out.path / "report" / "report.json", report)
-    write_text(out.path / "report" / "report.md", to_markdown(report))
-    names = ("prompts.json", "report.json", "report.md")
-    out.record("validate", [out.path / "report" / name for name in names], time.perf_counter() - started)
+    paths = write_report(out.path, report, records or [])
+    out.record("validate", paths, **watch.taken())
     return report
 
 
+def _engine_memory(out: OutputDir, target: Target, reporter: Reporter) -> dict[str, int | None]:
+    """Peak bytes of the baseline's engines and of the quantized ones, where they can be measured."""
+    places = {"baseline_bytes": out.path / "onnx" / "fp32", "quantized_bytes": out.path / "engines" / target.folder}
+    if not isinstance(target, OnnxRuntimeCpu):
+        return dict.fromkeys(places)
+    with reporter.track("memory", len(places)) as step:
+        peaks: dict[str, int | None] = {}
+        for key, place in places.items():
+            peaks[key] = measure_engine_memory(target.files(place))
+            step()
+        return peaks
+
+
 def _sqnr(
-    out: OutputDir, job: Job, source: ImageSource, processor: SamProcessor, reporter: Reporter
+    out: OutputDir, job: Job, baseline: Sam2Model, source: ImageSource, processor: SamProcessor, reporter: Reporter
 ) -> dict[str, float | None]:
-    baseline = _baseline(out, job)
+    """SQNR of each quantized layer; the quantization's exact folds are applied to `baseline`, in place."""
     Folds.load(out.path / "weights").apply(baseline)
     model, codes = load_quantized(out.path / "weights")
     with reporter.track("SQNR", SQNR_IMAGES) as step:

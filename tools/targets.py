@@ -31,7 +31,7 @@ from samq.engines.tensorrt_plan import executed_layers as tensorrt_layers
 from samq.errors import MachineLacks, UsageError
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import Branch, lower_for_tensorrt
+from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, lower_for_tensorrt
 from samq.export.parts import save_part
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
@@ -60,6 +60,10 @@ class Target(Protocol):
     @property
     def float_arithmetic(self) -> str:
         """Of layers whose activations are not quantized."""
+        ...
+
+    def executes(self, recipe: Recipe) -> str:
+        """What a quantized layer of usual size is lowered to, in the words of `samq.engines`."""
         ...
 
     @property
@@ -101,10 +105,10 @@ def requested_compute(recipe: Recipe, float_arithmetic: str = "FP32") -> str:
     return f"INT{recipe.wgts.bits} weights, {float_arithmetic} arithmetic" if recipe.weight_only else "INT8 GEMM"
 
 
-def requests(recipe: Recipe) -> dict[str, str]:
-    """What each kind of engine is asked to execute for a recipe's quantized layers."""
+def executions(recipe: Recipe) -> dict[str, str]:
+    """What each kind of engine executes for a recipe's quantized layers."""
     kinds: tuple[Target, ...] = (OnnxRuntimeCpu(), OnnxRuntimeCuda(), *map(TensorRt, TARGETS.values()))
-    return {kind.folder: requested_compute(recipe, kind.float_arithmetic) for kind in kinds}
+    return {kind.folder: kind.executes(recipe) for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ class OnnxRuntimeCpu:
     baseline: str = "FP32, the same runtime"
     float_arithmetic: str = "FP32"
     graphs: int = len(PARTS)
+
+    def executes(self, recipe: Recipe) -> str:
+        return requested_compute(recipe, self.float_arithmetic)
 
     def require(self) -> None:
         """ONNX Runtime is always there."""
@@ -151,6 +158,10 @@ class OnnxRuntimeCuda:
     baseline: str = "FP16, the same runtime"
     float_arithmetic: str = "FP16"
     graphs: int = 2 * len(PARTS)
+
+    def executes(self, recipe: Recipe) -> str:
+        """As `Target.executes`; CUDA kernels take no INT8 activations, and two levels of scales are stored as INT8."""
+        return f"INT{8 if recipe.two_level else recipe.wgts.bits} weights, FP16 arithmetic"
 
     def require(self) -> None:
         require_cuda()
@@ -202,6 +213,15 @@ class TensorRt:
     @property
     def folder(self) -> str:
         return self.target.name
+
+    def executes(self, recipe: Recipe) -> str:
+        """As `Target.executes`; the rules are those of `samq.export.lower_tensorrt`."""
+        if recipe.ipts is not None:
+            fits = recipe.ipts.mode == "static" and recipe.ipts.dtype == "sint8"
+            return INT8_GEMM if fits else "refused: TensorRT's INT8 inputs are static and symmetric"
+        if recipe.wgts.dtype == "sint4" and self.target.int4_blocks:
+            return INT4_GEMM
+        return f"{FLOAT_GEMM}, weights dequantized"
 
     def require(self) -> None:
         """As `Target.require`; the TensorRT at hand must be the target's.

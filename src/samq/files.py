@@ -50,6 +50,21 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def removed(path: Path) -> None:
+    """Remove a file, a link or an empty folder, if it is there.
+
+    Raises:
+        MachineLacks: it cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def temporaries(directory: Path) -> Iterator[Path]:
     """What a killed `written_whole` left in a directory and below it."""
     return (path for path in directory.rglob(".*") if is_temporary(path))

@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser, browser, missing_browser
 from exported import float_model
 from PIL import Image
 
@@ -115,3 +117,13 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     answer = samq("run", *whole_job(inputs), "--output-dir", out, "--json")
     assert answer.code == 0, answer.err
     return out, answer
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser to open pages in."""
+    missing = missing_browser()
+    if missing is not None:
+        pytest.skip(missing)
+    with browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running

@@ -12,10 +12,24 @@ from numpy.typing import NDArray
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import Sample
 from samq.engines.predictor import Predictor
-from samq.tools.evaluate import BOX, CLICK, FROM_ANNOTATIONS, FROM_BASELINE, evaluate, summarize
+from samq.tools.evaluate import (
+    BOX,
+    CLICK,
+    FROM_ANNOTATIONS,
+    FROM_BASELINE,
+    LARGE,
+    MEDIUM,
+    SMALL,
+    Record,
+    Seen,
+    answers_to,
+    evaluate,
+    summarize,
+)
 from samq.tools.metrics import iou, mask_of, sqnr_db
 
 SIZE = 64
+PROCESSOR = SamProcessor({"size": {"height": SIZE, "width": SIZE}}, "a test")
 
 
 class Squares:
@@ -46,14 +60,19 @@ def _square(side: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _summary(masks: NDArray[np.bool_] | None) -> dict[str, Any]:
-    # box: single mask; click: best-scored multimask
+def _pair() -> tuple[Predictor, Predictor]:
+    """Box: single mask; click: best-scored multimask."""
     before = Squares((32, 10, 32, 20), (0.9, 0.1, 0.8, 0.3))
     after = Squares((16, 32, 10, 8), (0.7, 0.1, 0.2, 0.5))
-    pair = [Predictor(engine, engine) for engine in (before, after)]
-    sample = Sample("one", np.zeros((SIZE, SIZE, 3), np.uint8), masks)
-    processor = SamProcessor({"size": {"height": SIZE, "width": SIZE}}, "a test")
-    return summarize(evaluate(*pair, [sample], processor))
+    return Predictor(before, before), Predictor(after, after)
+
+
+def _sample(masks: NDArray[np.bool_] | None) -> Sample:
+    return Sample("one", np.zeros((SIZE, SIZE, 3), np.uint8), masks)
+
+
+def _summary(masks: NDArray[np.bool_] | None) -> dict[str, Any]:
+    return summarize(evaluate(*_pair(), [_sample(masks)], PROCESSOR))
 
 
 def test_figures_against_annotations_are_the_known_ones() -> None:
@@ -90,6 +109,47 @@ def test_an_image_without_objects_gives_no_prompt() -> None:
     found = _summary(np.zeros((0, SIZE, SIZE), bool))
     assert found["count"] == 0
     assert found["agreement_iou"] is None
+
+
+def test_an_answer_has_the_masks_of_its_figures() -> None:
+    for answer in answers_to(*_pair(), _sample(_square(32)), PROCESSOR):
+        assert answer.truth is not None
+        assert iou(answer.baseline, answer.truth) == answer.record.iou_baseline
+        assert iou(answer.quantized, answer.truth) == answer.record.iou_quantized
+        assert iou(answer.baseline, answer.quantized) == answer.record.agreement
+        assert answer.record.share == 0.25
+    (share,) = {answer.record.share for answer in answers_to(*_pair(), _sample(None), PROCESSOR)}
+    assert share == 0.25  # the baseline's mask
+
+
+def _record(share: float, agreement: float) -> Record:
+    return Record("one", BOX, [0, 0, 1, 1], None, share, None, None, agreement, 1.0, 1.0)
+
+
+def test_objects_are_sorted_by_the_share_of_the_image_that_they_cover() -> None:
+    coco = 640 * 480
+    edges = {32**2 - 1: SMALL, 32**2: MEDIUM, 96**2 - 1: MEDIUM, 96**2: LARGE}
+    assert {area: _record(area / coco, 1.0).size for area in edges} == edges
+    summary = summarize([_record(0.001, 0.5), _record(0.01, 0.6), _record(0.01, 0.8), _record(0.5, 1.0)])
+    found = {size: (figures["count"], figures["agreement_iou"]) for size, figures in summary["by_size"].items()}
+    assert found == {SMALL: (1, 0.5), MEDIUM: (2, pytest.approx(0.7)), LARGE: (1, 1.0)}
+
+
+def test_the_distribution_is_told_in_percentiles() -> None:
+    told = summarize([_record(0.1, value / 100) for value in range(101)])["agreement_percentiles"]
+    assert told == pytest.approx({str(percent): percent / 100 for percent in (0, 5, 25, 50, 75, 95, 100)})
+    assert set(summarize([])["agreement_percentiles"].values()) == {None}
+
+
+def test_a_fingerprint_tells_images_and_masks_apart() -> None:
+    def fingerprint(*samples: Sample) -> str:
+        seen = Seen()
+        assert list(seen.watch(samples)) == list(samples)
+        return seen.fingerprint()
+
+    plain, masked, other = _sample(None), _sample(_square(32)), _sample(_square(16))
+    assert fingerprint(plain, masked) == fingerprint(plain, masked)
+    assert len({fingerprint(*s) for s in ([plain], [masked], [other], [plain, plain], [])}) == 5
 
 
 def test_iou_counts_pixels() -> None:

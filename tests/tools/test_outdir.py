@@ -41,15 +41,13 @@ def _filled(path: Path) -> OutputDir:
     out = OutputDir.claim(path, JOB, "f1", force=False)
     write_text(path / "weights" / "w", "w")
     write_text(path / "config.yaml", "c")
-    out.record("quantize", [path / "weights" / "w", path / "config.yaml"], 1.0)
+    out.record("quantize", [path / "weights" / "w", path / "config.yaml"])
     return out
 
 
 def test_a_claimed_directory_is_known_again_before_any_stage_is_done(tmp_path: Path) -> None:
     OutputDir.claim(tmp_path / "out", JOB, "f1", force=False)
     assert OutputDir.claim(tmp_path / "out", JOB, "f1", force=False).stages == {}
-    with pytest.raises(UsageError, match="--force"):
-        OutputDir.claim(tmp_path / "out", JOB, "f2", force=False)
 
 
 def test_the_same_job_goes_on(tmp_path: Path) -> None:
@@ -72,8 +70,8 @@ def test_a_stage_with_a_damaged_artifact_is_not_done(damage: str, tmp_path: Path
 def test_a_stage_done_again_invalidates_the_later_ones(tmp_path: Path) -> None:
     out = _filled(tmp_path / "out")
     for stage in ("export", "build"):
-        out.record(stage, [tmp_path / "out" / "config.yaml"], 1.0)
-    out.record("export", [tmp_path / "out" / "config.yaml"], 1.0)
+        out.record(stage, [tmp_path / "out" / "config.yaml"])
+    out.record("export", [tmp_path / "out" / "config.yaml"])
     assert set(OutputDir.open(tmp_path / "out").stages) == {"quantize", "export"}
 
 
@@ -85,13 +83,46 @@ def test_another_job_never_overwrites(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
-def test_force_removes_samqs_own_entries_only(tmp_path: Path) -> None:
+def test_force_removes_the_other_jobs_results_when_there_are_new_ones(tmp_path: Path) -> None:
+    """Until then nothing is lost, and what others put there stays."""
     out = tmp_path / "out"
     _filled(out)
-    for mine in ("notes.txt", "photos/1.png"):
-        write_text(out / mine, "mine")
-    assert OutputDir.claim(out, JOB, "f2", force=True).stages == {}
-    assert {path.name for path in out.iterdir()} == {"notes.txt", "photos", MANIFEST}
+    theirs = ("notes.txt", "photos/1.png", "weights/mine.bin")
+    for name in theirs:
+        write_text(out / name, "mine")
+    claimed = OutputDir.claim(out, JOB, "f2", force=True)
+    assert claimed.stages == {}
+    assert OutputDir.open(out).done("quantize"), "a job that fails now has cost nothing"
+    claimed.make_room()
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {*theirs, MANIFEST}
+    assert OutputDir.open(out).fingerprint == "f2"
+
+
+def test_folders_that_are_left_empty_go_too(tmp_path: Path) -> None:
+    _filled(tmp_path)
+    OutputDir.claim(tmp_path, JOB, "f2", force=True).make_room()
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_a_manifest_cannot_make_force_remove_what_is_elsewhere(tmp_path: Path) -> None:
+    write_text(tmp_path / "precious", "mine")
+    out = _filled(tmp_path / "out")
+    out.stages["quantize"]["artifacts"]["../precious"] = "0"
+    out.save()
+    OutputDir.claim(tmp_path / "out", JOB, "f2", force=True).make_room()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_job_that_finished_nothing_does_not_hold_the_directory(tmp_path: Path) -> None:
+    OutputDir.claim(tmp_path, JOB, "f1", force=False)
+    assert OutputDir.claim(tmp_path, JOB, "f2", force=False).stages == {}
+    assert OutputDir.open(tmp_path).fingerprint == "f2"
+
+
+def test_a_note_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="lacks checkpoint of `quantize`"):
+        _filled(tmp_path).detail("quantize", "checkpoint")
 
 
 def test_force_on_a_foreign_directory_removes_nothing(tmp_path: Path) -> None:
@@ -118,18 +149,19 @@ def test_what_comes_before_a_stage_is_required_too(tmp_path: Path) -> None:
     directory = OutputDir.claim(tmp_path, {}, "a", force=False)
     for stage in ("quantize", "export", "build"):
         write_text(tmp_path / stage, stage)
-        directory.record(stage, [tmp_path / stage], 0.0)
+        directory.record(stage, [tmp_path / stage])
     directory.require("build")
     write_text(tmp_path / "export", "changed")
-    with pytest.raises(BadInput, match="`export` was changed"):
+    with pytest.raises(BadInput, match="was changed since `export`"):
         directory.require("build")
 
 
 def test_force_does_not_follow_links(tmp_path: Path) -> None:
-    _filled(tmp_path / "out")
     write_text(tmp_path / "elsewhere" / "precious", "mine")
+    out = _filled(tmp_path / "out")
     (tmp_path / "out" / "onnx").symlink_to(tmp_path / "elsewhere")
-    OutputDir.claim(tmp_path / "out", JOB, "f2", force=True)
+    out.record("export", [tmp_path / "out" / "onnx" / "precious"])
+    OutputDir.claim(tmp_path / "out", JOB, "f2", force=True).make_room()
     assert (tmp_path / "elsewhere" / "precious").read_text() == "mine"
 
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from samq.tools.progress import Reporter
+
 SCRIPT = """
 import time
 from samq.tools.progress import Reporter
@@ -40,6 +42,16 @@ def _run(*, stdout_is_terminal: bool) -> tuple[str, str]:
     os.close(leader)
     assert process.returncode == 0, shown
     return (piped or b"").decode(), shown.decode()
+
+
+def test_everything_said_is_kept_for_the_report_even_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(quiet=True, command=["samq-export", "run"])
+    reporter.say("one")
+    reporter.warn("two")
+    with reporter.track("three", 1) as step:
+        step()
+    assert [line.partition(":")[0] for line in reporter.said] == ["one", "warning", "three"]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Answer, Inputs, refused, samq, whole_job
-from small_model import pixels
+from lowered import static_form
+from small_model import pixels, recipe_of
 
-from samq.calib.parts import PARTS
+from samq.calib.parts import IMAGE_ENCODER, PARTS
 from samq.engines import tensorrt
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.export.graph import int_attribute
+from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
+from samq.export.lower_tensorrt import FLOAT_GEMM, LoweredLayer, lower_for_tensorrt
+from samq.export.tensorrt_targets import TARGETS
 from samq.quant.config import load_recipe, preset_names
 from samq.tools.job import Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
-from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, requests, target_of
+from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of
 
 TENSORRT = ("trt8", "trt10", "trt11")
 
@@ -127,12 +133,27 @@ def test_shapes_are_static_for_tensorrt_unless_told_otherwise() -> None:
     assert Job("model", static_shapes=True).is_static
 
 
-def test_every_engine_is_asked_for_the_format() -> None:
-    for name in preset_names():
-        asked = requests(load_recipe(name))
-        assert set(asked) == {"onnxruntime", "onnxruntime-cuda", *TENSORRT}
-        arithmetic = {words.replace("FP16", "FP32") for words in asked.values()}
-        assert len(arithmetic) == 1
+@pytest.mark.parametrize("name", preset_names())
+def test_what_engines_execute_is_what_the_lowerings_make(name: str) -> None:
+    told = executions(load_recipe(name))
+    assert set(told) == {"onnxruntime", "onnxruntime-cuda", *TENSORRT}
+    for target in TENSORRT:
+        layers = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TARGETS[target]).layers
+        changed = [layer for layer in layers.values() if layer.compute != FLOAT_GEMM or layer.reason]
+        assert told[target] == Counter(map(_words, changed)).most_common(1)[0][0]
+    on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER)).model.graph
+    (bits,) = {int_attribute(node, "bits", 0) for node in on_gpu if node.op_type == "MatMulNBits"}
+    assert told["onnxruntime-cuda"] == f"INT{bits} weights, FP16 arithmetic"
+
+
+def _words(layer: LoweredLayer) -> str:
+    return f"{layer.compute}, weights dequantized" if layer.reason.startswith("weights dequantized") else layer.compute
+
+
+def test_what_no_tensorrt_has_is_told_so() -> None:
+    recipe = recipe_of("int4_w4a8", ipts={"mode": "dynamic"})
+    assert executions(recipe)["trt10"].startswith("refused")
+    assert executions(recipe)["onnxruntime"] == "INT8 GEMM"
 
 
 class _Clocked:

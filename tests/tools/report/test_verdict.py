@@ -1,0 +1,96 @@
+"""The verdict: one state, one sentence, and what was asked beside what was achieved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from samq.tools.gates import judge
+from samq.tools.report.verdict import MISSED, PASSED, PLAIN, UNKNOWN, WARNING, claims, headline
+
+MISFIT = {"name": "b", "requested": "W4A8: INT8 GEMM", "agrees": False}
+
+
+def _report(**changes: Any) -> dict[str, Any]:
+    report = {
+        "format": "W4A8",
+        "accuracy": {
+            "miou_baseline": 0.8,
+            "miou_quantized": 0.72,
+            "miou_relative": 0.9,
+            "agreement_iou": 0.95,
+            "count": 4,
+            "prompts": {"count": 4, "images": 1},
+        },
+        "size": {
+            "quantized_layers": 1,
+            "quantized_layers_ratio": 0.25,
+            "quantized_layers_fp16_bytes": 4_000_000,
+            "quantized_layers_bytes": 1_000_000,
+            "file_ratio": 0.5,
+        },
+        "latency": {"baseline_ms": 20.0, "quantized_ms": 10.0, "speedup": 2.0, "baseline": "FP32"},
+        "layers": [{"name": "a", "requested": "W4A8: INT8 GEMM", "agrees": True}],
+        "disagreements": [],
+        "gates": [],
+    }
+    return report | changes
+
+
+@pytest.mark.parametrize(
+    ("gates", "changes", "state", "words"),
+    [
+        ((None, None), {}, PLAIN, "no gate"),
+        ((0.9, 1.5), {}, PASSED, "everything"),
+        ((0.95, 1.5), {}, MISSED, "relative mIoU 0.9000, asked for 0.95"),
+        ((0.95, 2.5), {}, MISSED, "0.95 and speedup 2.0000, asked for 2.5"),
+        ((None, None), {"disagreements": ["b"]}, WARNING, "1 layer does not"),
+        ((0.9, None), {"disagreements": ["b", "c"]}, WARNING, "Every gate passed, but 2 layers do not"),
+        ((0.95, None), {"disagreements": ["b"]}, MISSED, "asked for 0.95"),
+        ((None, None), {"accuracy": {"count": None}}, UNKNOWN, "not measured"),
+    ],
+)
+def test_the_headline_tells_the_worst(gates: Any, changes: dict[str, Any], state: str, words: str) -> None:
+    report = _report(**changes)
+    report["gates"] = judge(report, gates)
+    found, sentence = headline(report)
+    assert found == state
+    assert words in sentence
+
+
+def test_what_was_asked_stands_beside_what_was_achieved() -> None:
+    report = _report()
+    report["gates"] = judge(report, (0.95, 1.5))
+    accuracy, size, speed, executed = claims(report)
+    assert (accuracy.asked, accuracy.achieved, accuracy.state) == ("≥ 0.95", "0.9000", MISSED)
+    assert accuracy.detail == "mIoU 0.8000 → 0.7200; 4 prompts, 1 image"
+    assert (size.asked, size.achieved) == ("W4A8 in 1 layer", "0.250")
+    assert "4.00 MB → 1.00 MB" in size.detail
+    assert (speed.asked, speed.achieved, speed.state) == ("≥ 1.5", "2.00×", PASSED)
+    assert (executed.asked, executed.achieved, executed.state) == ("INT8 GEMM", "1 of 1", PASSED)
+
+
+def test_what_nobody_asked_for_is_neither_passed_nor_missed() -> None:
+    slow = {"baseline_ms": 10.0, "quantized_ms": 20.0, "speedup": 0.5, "baseline": "FP32"}
+    accuracy, _, speed, _ = claims(_report(latency=slow))
+    assert (accuracy.asked, accuracy.state) == ("no gate", PLAIN)
+    assert (speed.asked, speed.state) == ("no gate", WARNING)
+    assert "slower" in speed.of
+
+
+def test_a_layer_that_executes_something_else_is_counted() -> None:
+    report = _report(disagreements=["b"])
+    report["layers"] = [*report["layers"], MISFIT]
+    executed = claims(report)[-1]
+    assert (executed.achieved, executed.state) == ("1 of 2", WARNING)
+
+
+def test_unknown_accuracy_is_not_called_passed() -> None:
+    unmeasured = claims(_report(accuracy={"count": None}))[0]
+    assert (unmeasured.achieved, unmeasured.state) == ("unknown", UNKNOWN)
+    hopeless = {"count": 1, "prompts": {"count": 1, "images": 1}, "miou_baseline": 0.0, "miou_quantized": 0.0}
+    report = _report(accuracy=hopeless | {"miou_relative": None, "agreement_iou": 1.0})
+    assert claims(report)[0].state == UNKNOWN
+    report["gates"] = judge(report, (0.5, None))
+    assert claims(report)[0].state == MISSED

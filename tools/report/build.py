@@ -1,0 +1,200 @@
+"""The report as one JSON object with every figure: the source of all its other forms.
+
+A figure that could not be measured is null, and `lacks` says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import samq
+from samq.calib.parts import PARTS
+from samq.engines.base import Executed
+from samq.quant.config import Recipe
+from samq.quant.plan import describe_request
+from samq.tools.evaluate import Record, summarize
+from samq.tools.job import Data, Job
+from samq.tools.outdir import STAGES, OutputDir
+from samq.tools.report.environment import environment
+from samq.tools.report.reading import SCHEMA
+from samq.tools.report.verdict import FLOAT
+from samq.tools.targets import Target, requested_compute
+
+NOT_READ = "not read"  # of convolutions, and of layers that the runtime does not name
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `validate` measured.
+
+    Args:
+        records: one a prompt; None without evaluation images.
+        images: fingerprint of the evaluation images, None without.
+        examples: from `samq.tools.report.examples.draw_examples`.
+        latency: from `samq.tools.latency.measure_latency`, with the engine's name.
+        sqnr: layer → dB; empty without evaluation images.
+        executed: layer → what the runtime made of it.
+        engine_memory: "baseline_bytes" and "quantized_bytes" from `samq.tools.engine_memory`, where it can measure.
+    """
+
+    records: list[Record] | None
+    images: str | None
+    examples: list[dict[str, Any]]
+    latency: dict[str, Any]
+    sqnr: dict[str, float | None]
+    executed: dict[str, Executed]
+    engine_memory: dict[str, int | None]
+
+
+def build_report(
+    out: OutputDir,
+    job: Job,
+    recipe: Recipe,
+    data: Data,
+    target: Target,
+    measured: Measured,
+    validation: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put together what the stages left in the output directory and what `validate` measured.
+
+    Args:
+        validation: what `validate` took so far, from `samq.tools.watch.Watch`.
+    """
+    accuracy = None if measured.records is None else summarize(measured.records)
+    layers = _layers(out, requested_compute(recipe, target.float_arithmetic), measured)
+    quantized = [layer for layer in layers if layer["requested"] != FLOAT]
+    stages = {stage: out.stages[stage] for stage in STAGES[:-1] if stage in out.stages} | {STAGES[-1]: validation}
+    return {
+        "schema": SCHEMA,
+        "samq": samq.__version__,
+        "model": job.model,
+        "checkpoint": out.stages["quantize"]["checkpoint"],
+        "format": describe_request(recipe),
+        "method": _method(recipe),
+        "engine": job.engine,
+        "target": target.folder,
+        "gates": [],
+        "accuracy": accuracy or dict.fromkeys(summarize([])),
+        "examples": measured.examples,
+        "size": _sizes(out, target, quantized),
+        "latency": measured.latency,
+        "memory": {
+            "stages": {stage: facts.get("peak_memory_bytes") for stage, facts in stages.items()},
+            "engine": measured.engine_memory,
+        },
+        "layers": layers,
+        "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
+        "evaluation_data": data.origin,
+        "evaluation_fingerprint": measured.images,
+        "evaluation_unreadable": [] if data.evaluation is None else data.evaluation.unreadable,
+        "calibration": {key: out.stages["quantize"][key] for key in ("calibration", "unreadable")},
+        "lacks": _lacks(data, accuracy, measured, stages),
+        "seconds": {stage: facts.get("seconds") for stage, facts in stages.items()},
+        "commands": _commands(stages),
+        "log": {stage: facts.get("log", []) for stage, facts in stages.items()},
+        "environment": environment(),
+    }
+
+
+def _method(recipe: Recipe) -> list[str]:
+    """The algorithms of a recipe, in words."""
+    low_rank = recipe.wgts.low_rank
+    return [
+        *([f"low rank {low_rank.rank}"] if low_rank is not None else []),
+        "round to nearest" if recipe.wgts.kernel_gptq is None else "GPTQ",
+        *(["SmoothQuant"] if recipe.smooth.enabled else []),
+        *(["rotation"] if recipe.rotation.enabled else []),
+    ]
+
+
+def _lacks(
+    data: Data, accuracy: dict[str, Any] | None, measured: Measured, stages: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Which figures are missing, and why."""
+    lacks = []
+    if accuracy is None:
+        lacks.append(f"accuracy and SQNR: no evaluation images ({data.origin})")
+    elif accuracy["miou_baseline"] is None:
+        lacks.append("mIoU against ground truth: the evaluation images have no annotations")
+    elif accuracy["miou_relative"] is None:
+        lacks.append("relative mIoU: the baseline's mIoU is 0")
+    if None in measured.engine_memory.values():
+        lacks.append("the engine's memory: it is measured for ONNX Runtime on the CPU, on Linux")
+    blind = [stage for stage, facts in stages.items() if facts.get("peak_memory_bytes") is None]
+    if blind:
+        lacks.append(f"peak memory of {', '.join(blind)}: not recorded (Linux tells it, other systems do not)")
+    return lacks
+
+
+def _commands(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The commands that made the stages, each with its stages; stages that no command made are left out."""
+    found: dict[str, list[str]] = {}
+    for stage, facts in stages.items():
+        if facts.get("command") is not None:
+            found.setdefault(facts["command"], []).append(stage)
+    return [{"command": command, "stages": made} for command, made in found.items()]
+
+
+def _layers(out: OutputDir, compute: str, measured: Measured) -> list[dict[str, Any]]:
+    table = json.loads((out.path / "weights" / "layers.json").read_text(encoding="utf-8"))
+    layers = []
+    for row in table:
+        found, decibels = measured.executed.get(row["name"]), measured.sqnr.get(row["name"])
+        floating = row["skip"] is not None
+        executes = NOT_READ if found is None else f"{found.compute} ({found.operator})"
+        layers.append(
+            {
+                "name": row["name"],
+                "part": row["part"],
+                "requested": FLOAT if floating else f"{row['requested']}: {compute}",
+                "executed": executes,
+                "agrees": _agrees(floating, compute, found),
+                "sqnr_db": None if decibels is None else round(decibels, 2),
+                "group_size": None if floating else row["group_size"],
+                "rank": None if floating else row["rank"],
+                "skipped_because": row["skip"],
+                "notes": [note for note in (row["grouping"], row["ranking"], *row.get("remarks", ())) if note],
+                "output_error": row.get("output_error"),
+                "damping": row.get("damping"),
+                "fp16_bytes": row["fp16_bytes"],
+                "stored_bytes": row.get("stored_bytes", row["fp16_bytes"]),
+            }
+        )
+    return layers
+
+
+def _agrees(floating: bool, compute: str, found: Executed | None) -> bool:
+    """The layer executes what was requested; a float layer, whose kernels are not all told, at least no INT8."""
+    if floating:
+        return found is None or not found.compute.startswith("INT")
+    return found is not None and found.compute == compute
+
+
+def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> dict[str, Any]:
+    folder = out.path / "onnx"
+    files = {
+        "onnx": [folder / f"{part}.onnx" for part in PARTS],
+        "onnx_fp16": [folder / "fp16" / f"{part}.onnx" for part in PARTS],
+        "onnx_fp32": [folder / "fp32" / f"{part}.onnx" for part in PARTS],
+        "engine": target.files(out.path / "engines" / target.folder),
+    }
+    sizes: dict[str, Any] = {f"{kind}_bytes": sum(map(_size, paths)) for kind, paths in files.items()}
+    before = sum(layer["fp16_bytes"] for layer in quantized)
+    after = sum(layer["stored_bytes"] for layer in quantized)
+    return sizes | {
+        "quantized_layers": len(quantized),
+        "quantized_layers_fp16_bytes": before,
+        "quantized_layers_bytes": after,
+        "quantized_layers_ratio": after / before,
+        "file_ratio": sizes["onnx_bytes"] / sizes["onnx_fp16_bytes"],
+    }
+
+
+def _size(path: Path) -> int:
+    """Bytes of an ONNX file with its external data."""
+    data = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)

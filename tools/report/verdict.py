@@ -1,0 +1,144 @@
+"""The verdict: what was asked, what was achieved, and in which state that leaves the job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from samq.tools.gates import ACCURACY_GATE, SPEED_GATE
+from samq.tools.report.units import counted, data_size, joined, milliseconds, number
+
+FLOAT = "float"
+PASSED, MISSED, WARNING, UNKNOWN, PLAIN = "passed", "missed", "warning", "unknown", "plain"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the verdict.
+
+    Args:
+        what: what it is about.
+        asked: in words.
+        achieved: the figure, short.
+        of: what the figure is, with its unit.
+        detail: the figures behind it.
+        state: passed or missed (of gates and of what was requested), warning, unknown, or plain (nothing was asked).
+    """
+
+    what: str
+    asked: str
+    achieved: str
+    of: str
+    detail: str
+    state: str
+
+
+def claims(report: dict[str, Any]) -> list[Claim]:
+    """Accuracy, size, speed, and what was executed."""
+    return [_accuracy(report), _size(report), _speed(report), _executed(report)]
+
+
+def headline(report: dict[str, Any]) -> tuple[str, str]:
+    """The job's state, and a sentence on it."""
+    gates, misfits = report["gates"], len(report["disagreements"])
+    missed = [gate for gate in gates if not gate["passed"]]
+    differ = f"{counted(misfits, 'layer')} {'does' if misfits == 1 else 'do'} not execute what was requested"
+    if missed:
+        told = (f"{gate['gate']} {number(gate['reached'])}, asked for {gate['asked']:g}" for gate in missed)
+        return MISSED, f"Missed: {joined(told)}"
+    if misfits:
+        return WARNING, f"{'Every gate passed, but ' if gates else ''}{differ}"
+    if gates:
+        return PASSED, "Passed: everything that was asked for"
+    if not report["accuracy"]["count"]:
+        return UNKNOWN, "Built; accuracy was not measured"
+    return PLAIN, "Built as requested; no gate was set"
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """A few sentences as a Markdown list: accuracy, size, speed, misfits, gates."""
+    accuracy, size, latency = report["accuracy"], report["size"], report["latency"]
+    lines = []
+    if accuracy["miou_relative"] is not None:
+        lines.append(
+            f"Relative mIoU {accuracy['miou_relative']:.4f} ({accuracy['miou_baseline']:.4f} → "
+            f"{accuracy['miou_quantized']:.4f}, {accuracy['count']} prompts)."
+        )
+    elif accuracy["agreement_iou"] is not None:
+        lines.append(f"Masks agree with the baseline's at IoU {accuracy['agreement_iou']:.4f} (no ground truth).")
+    lines += [f"Lacks {line}." for line in report["lacks"]]
+    lines.append(
+        f"{size['quantized_layers']} layers quantized, to {size['quantized_layers_ratio']:.3f} of their FP16 bytes; "
+        f"ONNX files at {size['file_ratio']:.3f} of FP16."
+    )
+    faster = "faster" if latency["speedup"] >= 1 else "SLOWER"
+    lines.append(
+        f"{latency['engine']}: {latency['quantized_ms']:.1f} ms against {latency['baseline_ms']:.1f} ms "
+        f"({latency['speedup']:.2f}× as fast as {latency['baseline']}: {faster})."
+    )
+    misfits = report["disagreements"]
+    lines.append(
+        f"{len(misfits)} layers do not execute what was requested: {', '.join(misfits)}."
+        if misfits
+        else "Every quantized layer executes what was requested."
+    )
+    for gate in report["gates"]:
+        state = "passed" if gate["passed"] else "MISSED"
+        reached = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
+        lines.append(f"Gate {gate['gate']} ≥ {gate['asked']}: {state} ({reached}).")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _gate(report: dict[str, Any], option: str, otherwise: str) -> tuple[str, str]:
+    """What a gate asked for, and its state; without a gate, the state `otherwise`."""
+    for gate in report["gates"]:
+        if gate["option"] == option:
+            return f"≥ {gate['asked']:g}", PASSED if gate["passed"] else MISSED
+    return "no gate", otherwise
+
+
+def _accuracy(report: dict[str, Any]) -> Claim:
+    accuracy = report["accuracy"]
+    asked, state = _gate(report, ACCURACY_GATE, PLAIN)
+    if not accuracy["count"]:
+        reason = "no evaluation images" if accuracy["count"] is None else "no object in the evaluation images"
+        return Claim("Accuracy", asked, "unknown", "", reason, UNKNOWN)
+    seen = f"{counted(accuracy['prompts']['count'], 'prompt')}, {counted(accuracy['prompts']['images'], 'image')}"
+    if accuracy["miou_baseline"] is None:
+        reached = number(accuracy["agreement_iou"])
+        return Claim("Accuracy", asked, reached, "mask IoU with the baseline", f"{seen}, no ground truth", state)
+    figures = f"mIoU {number(accuracy['miou_baseline'])} → {number(accuracy['miou_quantized'])}"
+    if accuracy["miou_relative"] is None:
+        return Claim("Accuracy", asked, "unknown", "", f"{figures}; {seen}", state if state == MISSED else UNKNOWN)
+    reached = number(accuracy["miou_relative"])
+    return Claim("Accuracy", asked, reached, "of the baseline's mIoU", f"{figures}; {seen}", state)
+
+
+def _size(report: dict[str, Any]) -> Claim:
+    figures = report["size"]
+    before, after = (data_size(figures[key]) for key in ("quantized_layers_fp16_bytes", "quantized_layers_bytes"))
+    return Claim(
+        "Size",
+        f"{report['format']} in {counted(figures['quantized_layers'], 'layer')}",
+        number(figures["quantized_layers_ratio"], 3),
+        "of these layers' FP16 bytes",
+        f"{before} → {after}; ONNX files {number(figures['file_ratio'], 3)} of FP16",
+        PLAIN,
+    )
+
+
+def _speed(report: dict[str, Any]) -> Claim:
+    latency = report["latency"]
+    asked, state = _gate(report, SPEED_GATE, PLAIN if latency["speedup"] >= 1 else WARNING)
+    figures = f"{milliseconds(latency['baseline_ms'])} → {milliseconds(latency['quantized_ms'])} an image and box"
+    of = "as fast as the baseline" + ("" if latency["speedup"] >= 1 else ": slower")
+    return Claim("Speed", asked, f"{latency['speedup']:.2f}×", of, f"{figures}; baseline {latency['baseline']}", state)
+
+
+def _executed(report: dict[str, Any]) -> Claim:
+    quantized = [layer for layer in report["layers"] if layer["requested"] != FLOAT]
+    misfits = len(report["disagreements"])
+    asked = joined(sorted({layer["requested"].partition(": ")[2] for layer in quantized})) if quantized else "nothing"
+    detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
+    reached = f"{len(quantized) - misfits} of {len(quantized)}"
+    return Claim("Executed", asked, reached, "layers as requested", detail, WARNING if misfits else PASSED)
