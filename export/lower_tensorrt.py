@@ -15,6 +15,7 @@ in front of Q → DQ of one scale; (code · scale) / scale rounds to the code, a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,10 +37,9 @@ from samq.export.graph import (
 )
 from samq.export.half import needing_float32, to_fp16
 from samq.export.opset17 import to_opset17
-from samq.export.pad_heads import Width, pad_heads
 from samq.export.placement import EVERYWHERE, Form, Placement
-from samq.export.split_projections import split_projections
 from samq.export.tensorrt_operators import fit_operators
+from samq.export.tensorrt_rewrites import rewrite
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.export.tensorrt_weights import int4_blocks, int4_weight, int8_weight, rounded_to_int8
 
@@ -108,8 +108,7 @@ def lower_for_tensorrt(
     low_rank: Branch = "branch",
     *,
     placement: Placement = EVERYWHERE,
-    split_qkv: bool = False,
-    head_width: Width | None = None,
+    rewrites: Collection[str] = (),
 ) -> Lowered:
     """Lower a canonical model or a float baseline in place.
 
@@ -118,18 +117,14 @@ def lower_for_tensorrt(
         target: from `samq.export.tensorrt_targets.TARGETS`.
         low_rank: keep low-rank branches beside INT8 GEMMs, or add them to the INT8 weight and round that again.
         placement: which layers run in INT8 at all; those in FP16 have their branch in the weight.
-        split_qkv: one GEMM for each of query, key and value.
-        head_width: how wide heads shall be (see `samq.export.pad_heads`), with `split_qkv`; None for as they are.
+        rewrites: names of `samq.export.tensorrt_rewrites`; none of them changes what is computed.
 
     Raises:
         UsageError: the quantization of a layer cannot be expressed for this target; the message names layer and fix.
     """
     fold_constants(model)
     layers = _lower_layers(model, target, low_rank, placement)
-    if split_qkv:
-        split_projections(model)
-    if head_width is not None:
-        pad_heads(model, head_width)
+    rewrite(model, rewrites)
     fit_operators(model.graph, target)
     exact: set[ir.Node] = set()
     if target.strongly_typed:

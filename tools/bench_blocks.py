@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from samq.errors import SamqError
 from samq.export.lower_tensorrt import Branch, lower_for_tensorrt
 from samq.export.parts import save_part
 from samq.export.regions import cut_blocks, structure
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.files import write_json
 from samq.tools.targets import target_at_hand
 
@@ -42,15 +44,19 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="an output directory whose `export` is done, with static shapes")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument(
+        "--without", nargs="+", choices=REWRITES, default=[], help="leave these rewrites out, to see what they gain"
+    )
     parser.add_argument("--level", type=int, default=3, help="the builder's optimization level")
     parser.add_argument("--timing-cache", help="folder of kernel timings")
     arguments = parser.parse_args()
     options = BuildOptions(optimization_level=arguments.level, timing_cache=arguments.timing_cache)
+    rewrites = [name for name in REWRITES if name not in arguments.without]
     version, gpu = tensorrt.about()
     rows: dict[str, dict[str, Cell]] = {}
     for form in arguments.forms:
         known: dict[tuple[object, ...], Cell] = {}
-        for block, graph in _blocks(arguments.out, form):
+        for block, graph in _blocks(arguments.out, form, rewrites):
             key = structure(graph)
             if key not in known:
                 known[key] = _measured(graph, options)
@@ -58,13 +64,14 @@ def main() -> None:
             rows.setdefault(block, {})[form] = known[key]
     print("\n".join(_table(rows, arguments.forms)))
     if arguments.json is not None:
-        write_json(arguments.json, {"tensorrt": version, "gpu": gpu.name, "level": arguments.level, "blocks": rows})
+        machine = {"tensorrt": version, "gpu": gpu.name}
+        write_json(arguments.json, {**machine, "level": arguments.level, "rewrites": rewrites, "blocks": rows})
 
 
-def _blocks(out: Path, form: str) -> list[tuple[str, ir.Model]]:
+def _blocks(out: Path, form: str, rewrites: Collection[str]) -> list[tuple[str, ir.Model]]:
     folder, low_rank = FORMS[form]
     model = ir.load(out / "onnx" / f"{folder}{IMAGE_ENCODER}.onnx")
-    return list(cut_blocks(lower_for_tensorrt(model, target_at_hand(), low_rank, split_qkv=True).model))
+    return list(cut_blocks(lower_for_tensorrt(model, target_at_hand(), low_rank, rewrites=rewrites).model))
 
 
 def _measured(graph: ir.Model, options: BuildOptions) -> Cell:

@@ -33,6 +33,7 @@ from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, lower_for_tensorrt
 from samq.export.parts import save_part
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
 from samq.quant.config import Recipe
@@ -245,7 +246,7 @@ class TensorRt:
         for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
             for part in PARTS:
                 graph = ir.load(source / f"{part}.onnx")
-                lowered = lower_for_tensorrt(graph, self.target, self.low_rank, split_qkv=True)
+                lowered = lower_for_tensorrt(graph, self.target, self.low_rank, rewrites=REWRITES)
                 require_clean(lowered.model, self.target)
                 paths += save_part(lowered.model, target / f"{part}.onnx")
                 layers = {name: asdict(layer) for name, layer in lowered.layers.items()}

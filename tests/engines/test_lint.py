@@ -19,6 +19,7 @@ from samq.engines.lint import RULES, lint, require_clean
 from samq.errors import BadInput
 from samq.export.graph import add_initializer, producer
 from samq.export.lower_tensorrt import INT4_GEMM, lower_for_tensorrt
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 
 SIGNED = {"wgts": {"dtype": "sint4"}}
@@ -34,11 +35,11 @@ Break = Callable[[ir.Model], Any]
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("name", "changes"), FORMS)
-@pytest.mark.parametrize("split_qkv", [False, True])
+@pytest.mark.parametrize("rewrites", [(), tuple(REWRITES)], ids=["as it is", "rewritten"])
 def test_lowered_graphs_are_clean(
-    name: str, changes: dict[str, Any], part: str, target: TensorRtTarget, split_qkv: bool
+    name: str, changes: dict[str, Any], part: str, target: TensorRtTarget, rewrites: tuple[str, ...]
 ) -> None:
-    lowered = lower_for_tensorrt(static_form(name, part, **changes), target, split_qkv=split_qkv)
+    lowered = lower_for_tensorrt(static_form(name, part, **changes), target, rewrites=rewrites)
     assert lint(lowered.model, target) == []
     if changes and target.int4_blocks and part == IMAGE_ENCODER:
         assert INT4_GEMM in {layer.compute for layer in lowered.layers.values()}

@@ -321,7 +321,7 @@ def test_query_key_and_value_apart_give_the_same(name: str) -> None:
     model = static_form(name, IMAGE_ENCODER)
     inputs = feeds(model)
     expected = as_written(model, inputs)
-    lowered = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8, split_qkv=True)
+    lowered = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8, rewrites=("split_qkv",))
     found = as_written(checked(lowered, TRT8), inputs)
     assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < EXACT
     assert not [node for node in lowered.model.graph if node.op_type == "Split"]

@@ -18,8 +18,10 @@ FLIPS = 2e-3  # an INT8 code flips when its input moves by the last bit of float
 
 
 def lowered(name: str, width: int | None = None) -> ir.Model:
-    rule = None if width is None else lambda own, keys: max(own, width)
-    return lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8, split_qkv=True, head_width=rule).model
+    model = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8, rewrites=("split_qkv",)).model
+    if width is not None:
+        pad_heads(model, lambda own, keys: max(own, width))
+    return model
 
 
 @pytest.mark.parametrize("name", ["float", "int8_w8a8", "int4_svdquant"])

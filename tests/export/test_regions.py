@@ -12,6 +12,7 @@ from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
 from samq.export.lower_tensorrt import lower_for_tensorrt
 from samq.export.parts import float_part
 from samq.export.regions import TOKENS, cut_blocks, structure
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TRT8
 
 
@@ -19,7 +20,7 @@ def _encoder(name: str) -> ir.Model:
     if name == "float":
         return float_part(skeleton(IMAGE_ENCODER), float_model(), half=False)
     model = canonical(recipe_of("int4_svdquant"), IMAGE_ENCODER)
-    return lower_for_tensorrt(model, TRT8, split_qkv=True).model if name == "trt8" else model
+    return lower_for_tensorrt(model, TRT8, rewrites=REWRITES).model if name == "trt8" else model
 
 
 @pytest.mark.parametrize("name", ["float", "canonical", "trt8"])

@@ -49,7 +49,7 @@ def with_split(layer: LayerCodes | nn.Linear, axis: int = -1, **observed: Any) -
 @pytest.mark.parametrize("name", LAYERS)
 def test_parts_are_equal(name: str, target: TensorRtTarget) -> None:
     whole = lower_for_tensorrt(with_split(LAYERS[name]), target).model
-    parts = lower_for_tensorrt(with_split(LAYERS[name]), target, split_qkv=True).model
+    parts = lower_for_tensorrt(with_split(LAYERS[name]), target, rewrites=("split_qkv",)).model
     onnx.checker.check_model(ir.to_proto(parts), full_check=True)
     assert "Split" not in [node.op_type for node in parts.graph]
     gemms = [node for node in parts.graph if node.name and node.name.startswith("a.layer/MatMul_")]

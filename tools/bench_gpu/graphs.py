@@ -20,6 +20,7 @@ from samq.export.lower_tensorrt import Lowered, lower_for_tensorrt
 from samq.export.opset17 import to_opset17
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.tensorrt_operators import fit_operators
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.files import write_json
 from samq.tools.bench_gpu.cells import Cell, Row
@@ -104,7 +105,7 @@ class Graphs:
         return {"float32": [], "facts": {}}
 
     def _lowered(self, row: Row, form: str, batch: int) -> Lowered:
-        lowered = lower_for_tensorrt(self._canonical(row, form, batch), self._target(), row.low_rank, split_qkv=True)
+        lowered = lower_for_tensorrt(self._canonical(row, form, batch), self._target(), row.low_rank, rewrites=REWRITES)
         require_clean(lowered.model, self._target())
         return lowered
 
