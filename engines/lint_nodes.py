@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from samq.engines.lint_operators import INTEGERS, OPERATORS, TRUTH_VALUES
-from samq.export.graph import producer
+from samq.export.graph import PRECISION_KEY, producer
 from samq.export.tensorrt_targets import TensorRtTarget
 
 Findings = Iterator[tuple[str, str]]  # the node (or value), and what is wrong with it
@@ -119,5 +119,6 @@ def resize(model: ir.Model, target: TensorRtTarget) -> Findings:
 def layer_normalization(model: ir.Model, target: TensorRtTarget) -> Findings:
     for node in model.graph:
         mean = producer(node.inputs[1], "ReduceMean") if node.op_type == "Sub" else None
-        if mean is not None and mean.inputs[0] is node.inputs[0]:
+        kept = node.metadata_props.get(PRECISION_KEY) == "float32"
+        if mean is not None and mean.inputs[0] is node.inputs[0] and not kept:
             yield str(node.name), "x − mean(x) of a LayerNormalization in pieces, which overflows in FP16"

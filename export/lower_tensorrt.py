@@ -36,6 +36,7 @@ from samq.export.graph import (
     replace_value,
 )
 from samq.export.half import needing_float32, to_fp16
+from samq.export.layer_norm import write_out_layer_norms
 from samq.export.opset17 import to_opset17
 from samq.export.placement import EVERYWHERE, Form, Placement
 from samq.export.tensorrt_operators import fit_operators
@@ -131,6 +132,8 @@ def lower_for_tensorrt(
         to_fp16(model)
     else:
         exact = needing_float32(model.graph)
+        if any(node.op_type == "QuantizeLinear" for node in model.graph):
+            exact |= write_out_layer_norms(model)
         to_opset17(model)
     return Lowered(model, layers, tuple(str(node.name) for node in model.graph if node in exact))
 

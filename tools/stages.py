@@ -87,7 +87,7 @@ def run_stages(
     for stage in stages:
         if stage != "quantize":
             out.require(STAGES[STAGES.index(stage) - 1])
-        if stage == "build":
+        if stage == "build" and job.engine != "tensorrt":  # where that is not at hand, what is done stays done
             _check_shapes(out, job)
         with _memory_errors_told(job):
             if stage == "validate":
@@ -269,9 +269,11 @@ def _check_shapes(out: OutputDir, job: Job) -> None:
     exported = out.detail("export", "options")["static_shapes"]
     if exported != job.is_static and (job.engine == "tensorrt" or job.static_shapes is not None):
         kinds = ("dynamic", "static")
+        on_tensorrt = job.engine == "tensorrt"
+        wanted = f"--target {target_of(job).folder}" if on_tensorrt else f"--{kinds[job.is_static]}-shapes"
         raise UsageError(
             f"{out.path} was exported with {kinds[exported]} shapes, this engine wants {kinds[job.is_static]} ones; "
-            f"run `samq-export export --{kinds[job.is_static]}-shapes` first, or choose --{kinds[exported]}-shapes"
+            f"run `samq-export export {wanted}` first, or choose --{kinds[exported]}-shapes"
         )
 
 
@@ -281,6 +283,7 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
     watch = Watch(reporter)
     target = target_of(job)
     target.require()
+    _check_shapes(out, job)
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
