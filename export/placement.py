@@ -29,7 +29,7 @@ class Placement(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gpu: Annotated[str, Field(description="where it was measured")] = ""
+    gpu: Annotated[str, Field(description="where it was measured: the driver's name of the GPU, or a part of it")] = ""
     tensorrt: Annotated[str, Field(description="version that it was measured with")] = ""
     layers: Annotated[
         dict[str, Form],
@@ -50,6 +50,7 @@ class Placement(BaseModel):
 
 
 EVERYWHERE = Placement()
+SHIPPED = Path(__file__).parent / "placements"
 
 
 def load_placement(path: Path) -> Placement:
@@ -72,3 +73,17 @@ def fastest(milliseconds: dict[str, dict[Form, float]], gpu: str, tensorrt: str)
         if times:
             layers[f"{block}.*"] = min(times, key=times.__getitem__)
     return Placement(gpu=gpu, tensorrt=tensorrt, layers=layers, milliseconds=milliseconds)
+
+
+def shipped_for(gpu: str, tensorrt: str) -> Placement:
+    """The placement that samq ships for a GPU and TensorRT's major version; everything in INT8 where there is none.
+
+    Args:
+        gpu: as the driver calls it, such as "NVIDIA H100 80GB HBM3".
+        tensorrt: version, such as "8.6.0".
+    """
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        placement = load_placement(path)
+        if placement.gpu in gpu and placement.tensorrt.partition(".")[0] == tensorrt.partition(".")[0]:
+            return placement
+    return EVERYWHERE

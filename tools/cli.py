@@ -55,6 +55,10 @@ def _parse_parts(context: click.Context, parameter: click.Parameter, value: str)
     return tuple(part for part in PARTS if part in chosen)
 
 
+def _parse_placement(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return value if value in (None, "none") else str(Path(str(value)).expanduser().resolve())
+
+
 def _parse_numbers(*counts: int) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """A callback for one value, or several of a repeated option, of so many numbers with commas between them."""
 
@@ -119,6 +123,13 @@ _target = _options(
         "--low-rank",
         type=click.Choice(["branch", "fold"]),
         help="In TensorRT: low-rank branches beside INT8 GEMMs, or added to the INT8 weights.  [default: branch]",
+    ),
+    click.option(
+        "--placement",
+        metavar="FILE|none",
+        callback=_parse_placement,
+        help="Which layers run in INT8 on TensorRT, and which in FP16.  [default: as measured for this GPU, where samq "
+        "ships that]",
     ),
 )
 _what = _options(
@@ -257,7 +268,7 @@ def export(**options: Any) -> None:
     \b
     With --target also lowered for a TensorRT that need not be installed: engines/TARGET/.
     """
-    _go_on(options, "export", **{name: options[name] for name in ("static_shapes", "target", "low_rank")})
+    _go_on(options, "export", **{name: options[name] for name in ("static_shapes", "target", "low_rank", "placement")})
 
 
 @cli.command()
@@ -269,7 +280,7 @@ def export(**options: Any) -> None:
 @_talk
 def build(**options: Any) -> None:
     """Q/DQ ONNX to an engine."""
-    chosen = {name: options[name] for name in ("engine", "target", "low_rank", "device", "static_shapes")}
+    chosen = {name: options[name] for name in ("engine", "target", "low_rank", "placement", "device", "static_shapes")}
     _go_on(options, "build", build_options=_build_options(options), **chosen)
 
 

@@ -19,6 +19,7 @@ from samq.export.lower_tensorrt import Branch
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
+NO_PLACEMENT = "none"
 CODE = ("calib", "quant", "export")  # packages whose code decides the weights and the ONNX files
 # Calibration images kept back for evaluation. Constants, so that a later `validate` finds the same split.
 MOST_SET_ASIDE = 32
@@ -37,6 +38,8 @@ class Job:
         engine: name of the engine.
         target: a TensorRT target, or None for the version at hand.
         low_rank: what becomes of low-rank branches in a TensorRT engine, "branch" or "fold".
+        placement: file that says which layers run in INT8 on TensorRT, "none" for all of them, or None for the one that
+            samq ships for the GPU at hand.
         build_options: what differs from the defaults of `samq.engines.tensorrt_plan.BuildOptions`.
         device: "cpu" or "cuda", for calibration, quantization and ONNX Runtime.
         seed: of every random choice.
@@ -54,6 +57,7 @@ class Job:
     engine: str = "onnxruntime"
     target: str | None = None
     low_rank: Branch = "branch"
+    placement: str | None = None
     build_options: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     seed: int = 0

@@ -20,7 +20,7 @@ from samq.calib.sources import ImageSource, take
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import StaticShape, trace
-from samq.files import write_json, write_text
+from samq.files import sha256_of, write_json, write_text
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
@@ -29,7 +29,7 @@ from samq.quant.storage import load_quantized, save_quantized
 from samq.tools.engine_memory import measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, check_gates_can_be_told, judge
-from samq.tools.job import Data, Job, fingerprint
+from samq.tools.job import NO_PLACEMENT, Data, Job, fingerprint
 from samq.tools.latency import measure_latency
 from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.progress import Reporter
@@ -119,11 +119,18 @@ def _options_of(stage: str, job: Job) -> dict[str, Any]:
     """What besides the fingerprint decides a stage's result."""
     options: dict[str, dict[str, Any]] = {
         "quantize": {},
-        "export": {"static_shapes": job.is_static, "target": job.target, "low_rank": job.low_rank},
+        "export": {"static_shapes": job.is_static, "target": job.target, "low_rank": job.low_rank, **_placed(job)},
         "build": {key: getattr(job, key) for key in ("engine", "target", "low_rank", "build_options")}
+        | _placed(job)
         | {"device": job.device if job.engine == "onnxruntime" else None},
     }
     return options[stage]
+
+
+def _placed(job: Job) -> dict[str, Any]:
+    """The job's placement, by content."""
+    path = None if job.placement in (None, NO_PLACEMENT) else Path(str(job.placement))
+    return {"placement": sha256_of(path) if path is not None and path.is_file() else job.placement}
 
 
 def load(job: Job) -> Checkpoint:

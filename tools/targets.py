@@ -33,11 +33,12 @@ from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, lower_for_tensorrt
 from samq.export.parts import save_part
+from samq.export.placement import EVERYWHERE, Placement, load_placement, shipped_for
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
 from samq.quant.config import Recipe
-from samq.tools.job import Job
+from samq.tools.job import NO_PLACEMENT, Job
 
 BASELINE = "fp16"  # folder of a GPU target's baseline
 LOWERING = "lowering.json"
@@ -201,11 +202,13 @@ class TensorRt:
     Args:
         target: what this TensorRT takes.
         low_rank: what becomes of low-rank branches.
+        placement: which layers run in INT8.
         options: of the builder.
     """
 
     target: TensorRtTarget
     low_rank: Branch = "branch"
+    placement: Placement = EVERYWHERE
     options: BuildOptions = field(default_factory=BuildOptions)
     baseline: str = "FP16 plans, lowered and built the same way"
     float_arithmetic: str = "FP16"
@@ -246,7 +249,9 @@ class TensorRt:
         for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
             for part in PARTS:
                 graph = ir.load(source / f"{part}.onnx")
-                lowered = lower_for_tensorrt(graph, self.target, self.low_rank, rewrites=REWRITES)
+                lowered = lower_for_tensorrt(
+                    graph, self.target, self.low_rank, placement=self.placement, rewrites=REWRITES
+                )
                 require_clean(lowered.model, self.target)
                 paths += save_part(lowered.model, target / f"{part}.onnx")
                 layers = {name: asdict(layer) for name, layer in lowered.layers.items()}
@@ -294,11 +299,24 @@ def tensorrt_target(job: Job) -> TensorRt:
     """The TensorRT target that a job names, or that of the TensorRT at hand.
 
     Raises:
-        UsageError: the builder's options are wrong.
+        UsageError: the builder's options or the placement are wrong.
         MachineLacks: none is named, and there is no TensorRT at hand or one that no target stands for.
     """
     target = target_at_hand() if job.target is None else TARGETS[job.target]
-    return TensorRt(target, job.low_rank, BuildOptions.from_json(job.build_options))
+    return TensorRt(target, job.low_rank, _placement(job), BuildOptions.from_json(job.build_options))
+
+
+def _placement(job: Job) -> Placement:
+    """The job's own, none, or the one that samq ships for the GPU at hand."""
+    if job.placement == NO_PLACEMENT:
+        return EVERYWHERE
+    if job.placement is not None:
+        return load_placement(Path(job.placement))
+    try:
+        version, gpu = tensorrt.about()
+    except MachineLacks:
+        return EVERYWHERE
+    return shipped_for(gpu.name, version)
 
 
 def target_at_hand() -> TensorRtTarget:

@@ -16,10 +16,12 @@ from small_model import pixels, recipe_of
 
 from samq.calib.parts import IMAGE_ENCODER, PARTS
 from samq.engines import tensorrt
+from samq.engines.cuda import Device
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.export.graph import int_attribute
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import FLOAT_GEMM, LoweredLayer, lower_for_tensorrt
+from samq.export.lower_tensorrt import FLOAT_GEMM, PLACED, LoweredLayer, lower_for_tensorrt
+from samq.export.placement import SHIPPED, load_placement
 from samq.export.tensorrt_targets import TARGETS
 from samq.quant.config import load_recipe, preset_names
 from samq.tools.job import Job
@@ -28,6 +30,7 @@ from samq.tools.outdir import OutputDir
 from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of
 
 TENSORRT = ("trt8", "trt10", "trt11")
+GPU = Device("NVIDIA Orin", (8, 7), 30_000)
 
 
 @pytest.fixture
@@ -106,11 +109,11 @@ def test_a_job_for_an_engine_that_is_not_here_ends_before_it_begins(
 
 
 def test_a_plan_of_static_shapes_needs_such_an_export(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", None))
+    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", GPU))
     build = ("build", "--output-dir", out, "--engine", "tensorrt")
     refused(samq(*build), 2, "dynamic shapes", "export --target trt8")
     refused(samq(*build, "--target", "trt10"), 2, "--target trt8")
-    monkeypatch.setattr(tensorrt, "about", lambda: ("7.2.3", None))
+    monkeypatch.setattr(tensorrt, "about", lambda: ("7.2.3", GPU))
     refused(samq(*build), 5, "TensorRT 7.2.3", "trt8, trt10, trt11")
 
 
@@ -176,3 +179,39 @@ class _Clocked:
 def test_an_engine_s_own_clock_is_preferred() -> None:
     measured = alternate(_Clocked(3.0), _Clocked(2.0), ({}, {}), seconds=0.0)
     assert (measured["baseline_ms"], measured["quantized_ms"], measured["speedup"]) == (3.0, 2.0, 1.5)
+
+
+def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("placement.yaml").write_text("layers:\n  vision_encoder.backbone.blocks.0.*: fp16\n")
+    answer = samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml")
+    assert answer.code == 0, answer.err
+    layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
+    placed = {name for name, layer in layers.items() if layer["reason"] == PLACED}
+    assert placed == {name for name in layers if name.startswith("vision_encoder.backbone.blocks.0.")}
+    Path("placement.yaml").write_text("layers:\n  '*': fp32\n")
+    refused(
+        samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml"), 2, "line 2", "fp16"
+    )
+
+
+def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = "vision_encoder.backbone.blocks.3.mlp.proj_in"
+    measured = {
+        ("8.6.0", "NVIDIA H100 80GB HBM3"): "fp16",
+        ("8.6.0", "Orin"): "int8",
+        ("10.3.0", "NVIDIA H100"): "int8",
+    }
+    for (version, gpu), form in measured.items():
+        monkeypatch.setattr(tensorrt, "about", lambda v=version, g=gpu: (v, Device(g, (9, 0), 1)))
+        assert target_of(Job("m", engine="tensorrt")).placement.form(block) == form  # type: ignore[union-attr]
+        unplaced = target_of(Job("m", engine="tensorrt", placement="none"))
+        assert unplaced.placement.form(block) == "int8"  # type: ignore[union-attr]
+
+
+def test_shipped_placements_choose_the_fastest_form() -> None:
+    for path in SHIPPED.glob("*.yaml"):
+        placement = load_placement(path)
+        assert placement.milliseconds
+        for block, times in placement.milliseconds.items():
+            assert placement.form(f"{block}.attn.qkv") == min(times, key=times.__getitem__)
