@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class InputStatistics:
 
     Args:
         low, high: [K] smallest and largest value of each channel.
+        total: [K] Σ x in float64.
         hessian: [K, K] Σ x xᵀ in float32, or None when nothing asked for it.
         sample: [≤ SAMPLE_ROWS, K] rows, about equally many of each call.
         rows: number of rows seen.
@@ -26,6 +27,7 @@ class InputStatistics:
 
     low: Tensor
     high: Tensor
+    total: Tensor
     hessian: Tensor | None
     sample: Tensor
     rows: int = 0
@@ -37,6 +39,7 @@ class InputStatistics:
         return InputStatistics(
             low=torch.full((inputs,), torch.inf, device=device),
             high=torch.full((inputs,), -torch.inf, device=device),
+            total=torch.zeros(inputs, dtype=torch.float64, device=device),
             hessian=torch.zeros(inputs, inputs, device=device) if with_hessian else None,
             sample=torch.empty(0, inputs, device=device),
         )
@@ -46,6 +49,7 @@ class InputStatistics:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.low = torch.minimum(self.low, x.amin(0))
         self.high = torch.maximum(self.high, x.amax(0))
+        self.total += x.sum(0, dtype=torch.float64)
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
         picked = torch.linspace(0, len(x) - 1, min(self.share, len(x)), device=x.device).round().long()
@@ -57,8 +61,41 @@ class InputStatistics:
     def rescale(self, factor: Tensor) -> None:
         """Account for inputs that are from now on multiplied by `factor` [K] > 0."""
         self.low, self.high, self.sample = self.low * factor, self.high * factor, self.sample * factor
+        self.total *= factor
         if self.hessian is not None:
             self.hessian *= factor * factor[:, None]
+
+    def rescaled(self, factor: Tensor) -> InputStatistics:
+        """Range and sample of inputs that are multiplied by `factor` [K] > 0; without the Hessian."""
+        copied = replace(self, hessian=None, total=self.total.clone())
+        copied.rescale(factor)
+        return copied
+
+    def shift(self, offset: Tensor) -> None:
+        """Account for inputs from which `offset` c [K] is from now on subtracted.
+
+        Σ (x − c)(x − c)ᵀ = Σ x xᵀ − c tᵀ − t cᵀ + n c cᵀ with t = Σ x. The large terms cancel in float64, but Σ x xᵀ
+        was summed in float32: a channel whose offset is r times its deviation keeps a relative error of about r²·10⁻⁷.
+        """
+        self.low, self.high, self.sample = self.low - offset, self.high - offset, self.sample - offset
+        exact = offset.double()
+        if self.hessian is not None:
+            # c tᵀ + t cᵀ − n c cᵀ = u + uᵀ with u = c (t − n c / 2)ᵀ
+            taken = torch.outer(exact, self.total - self.rows / 2 * exact)
+            self.hessian = (self.hessian.double() - taken - taken.T).float()
+        self.total -= self.rows * exact
+
+    def rotate(self, rotation: Tensor) -> None:
+        """Account for inputs x that are from now on R x, with R [K, K] in float64.
+
+        What range they have is known of the sample alone, and so is the range from now on.
+        """
+        self.sample = (self.sample.double() @ rotation.T).float()
+        if self.rows:
+            self.low, self.high = self.sample.amin(0), self.sample.amax(0)
+        self.total = rotation @ self.total
+        if self.hessian is not None:
+            self.hessian = (rotation @ self.hessian.double() @ rotation.T).float()
 
     def is_finite(self) -> bool:
         """Neither an input nor a sum of their products overflowed or was NaN."""

@@ -9,15 +9,25 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from samq.errors import UsageError
 from samq.quant.config_file import impossible, load_yaml
 
 PRESETS = Path(__file__).with_name("presets")
+AUTO: Final = "auto"
+Alpha = float | Literal["auto"]
 WEIGHT_ONLY_INT4_GROUPS = (-1, 16, 32, 64, 128, 256)
 
 
@@ -25,6 +35,9 @@ class _Section(BaseModel):
     """Strict: true is not 1 and "128" is not 128; an int may stand for a float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_SHARE = TypeAdapter[float](Annotated[float, Field(ge=0, le=1)], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 class GptqConfig(_Section):
@@ -130,15 +143,36 @@ class InputsConfig(_Section):
         return self
 
 
+class ShiftConfig(_Section):
+    """The middle of each activation channel taken away, biases adjusted (Outlier Suppression+, arXiv 2304.09145)."""
+
+    enabled: bool = False
+
+
 class SmoothConfig(_Section):
     """Outliers of the activations moved into the weights (SmoothQuant, arXiv 2211.10438)."""
 
     enabled: bool = False
-    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the range that moves to the weights")
+    alpha: Alpha = Field(default=0.5, description="share of the range that moves to the weights")
+    """From 0 to 1, or "auto": searched for each layer on its output error."""
+
+    @field_validator("alpha", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, alpha: object, _: ValidatorFunctionWrapHandler) -> Alpha:
+        """Of a union, pydantic would tell what is wrong with each member; that of numbers is enough."""
+        if alpha == AUTO:
+            return AUTO
+        if isinstance(alpha, str) and alpha.isalpha():
+            raise impossible(f"{alpha!r} is neither {AUTO} nor a number from 0 to 1")
+        return _SHARE.validate_python(alpha)
 
 
 class RotationConfig(_Section):
-    """Orthogonal rotation of the activations and its inverse on the weights (QuaRot, arXiv 2404.00456)."""
+    """Orthogonal rotation of the activations and its inverse on the weights (QuaRot, arXiv 2404.00456).
+
+    It comes after shifting and smoothing. Without these, channels that are far larger than the rest, or far from zero,
+    spoil all of a head.
+    """
 
     enabled: bool = False
 
@@ -156,6 +190,7 @@ class Recipe(_Section):
 
     wgts: WeightsConfig
     ipts: InputsConfig | None = None
+    shift: ShiftConfig = ShiftConfig()
     smooth: SmoothConfig = SmoothConfig()
     rotation: RotationConfig = RotationConfig()
     calib: CalibConfig = CalibConfig()
@@ -195,10 +230,11 @@ class Recipe(_Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Static scales, GPTQ, smoothing and a compensating branch look at activations; RTN and one SVD do not."""
+        """RTN, one SVD and rotation look at no activation; static scales and all other methods do."""
         static = self.ipts is not None and self.ipts.mode == "static"
         compensates = self.wgts.low_rank is not None and self.wgts.low_rank.compensate
-        return static or compensates or self.wgts.kernel_gptq is not None or self.smooth.enabled
+        changes_basis = self.shift.enabled or self.smooth.enabled
+        return static or compensates or changes_basis or self.wgts.kernel_gptq is not None
 
     def to_yaml(self) -> str:
         """Every key, defaults too, in the order of the models; `load_recipe` reads it back equal."""

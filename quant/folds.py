@@ -1,7 +1,7 @@
 """The exact changes of basis that were folded into a model, kept so that its float twin can be made again.
 
-Rotation and smoothing change what single layers put out, though not what the model does. Only the float model with the
-same folds can be compared with the quantized one layer by layer.
+Shifting, smoothing and rotation change what single layers put out, though not what the model does. Only the float
+model with the same folds can be compared with the quantized one layer by layer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from samq.errors import BadInput
 from samq.files import written_whole
 from samq.quant.rotate import rotate_values
+from samq.quant.shift import fold_offset
 from samq.quant.sites import fold_sites
 from samq.quant.smooth import fold_scale
 
 FILE_NAME = "folds.safetensors"
-ROTATED, SCALE = ".rotated", ".scale"
+OFFSET, SCALE, ROTATED = ".offset", ".scale", ".rotated"
 
 
 @dataclass
@@ -29,22 +30,27 @@ class Folds:
     """What was folded where; sites are known by the name of their source (see `samq.quant.sites`).
 
     Args:
-        rotated: sources whose value heads were rotated, before any scale.
-        scales: source → s [K], by which the inputs of its site's layers were divided.
+        offsets: source → z [K], which was subtracted from the inputs of its site's layers, first of all.
+        scales: source → s [K], by which these were then divided.
+        rotated: sources whose value heads were rotated, last of all.
     """
 
-    rotated: list[str] = field(default_factory=list)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    rotated: list[str] = field(default_factory=list)
 
     def apply(self, model: nn.Module) -> None:
         """Fold all of it into a float `Sam2Model`, in place."""
         sites = fold_sites(model)
         for site in sites:
-            if site.source in self.rotated:
-                rotate_values(model, site)
+            if site.source in self.offsets:
+                fold_offset(model, site, self.offsets[site.source])
         for site in sites:
             if site.source in self.scales:
                 fold_scale(model, site, self.scales[site.source])
+        for site in sites:
+            if site.source in self.rotated:
+                rotate_values(model, site)
 
     def save(self, directory: Path) -> Path:
         """Write folds.safetensors; returns its path.
@@ -53,7 +59,8 @@ class Folds:
             MachineLacks: the disk is full or not writable.
         """
         tensors = {f"{source}{ROTATED}": torch.ones(1, dtype=torch.bool) for source in self.rotated}
-        tensors |= {f"{source}{SCALE}": scale.cpu().contiguous() for source, scale in self.scales.items()}
+        for suffix, vectors in ((OFFSET, self.offsets), (SCALE, self.scales)):
+            tensors |= {f"{source}{suffix}": vector.cpu().contiguous() for source, vector in vectors.items()}
         path = directory / FILE_NAME
         with written_whole(path) as temporary:
             temporary.write_bytes(save(tensors))
@@ -71,6 +78,9 @@ class Folds:
             tensors = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise BadInput(f"{path} is missing or corrupt; run `samq-export quantize` again") from error
+        offsets, scales = (
+            {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
+            for suffix in (OFFSET, SCALE)
+        )
         rotated = [name.removesuffix(ROTATED) for name in tensors if name.endswith(ROTATED)]
-        scales = {name.removesuffix(SCALE): tensor for name, tensor in tensors.items() if name.endswith(SCALE)}
-        return Folds(rotated, scales)
+        return Folds(offsets, scales, rotated)

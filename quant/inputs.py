@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samq.calib.statistics import InputStatistics
+from samq.quant.config import InputsConfig
 from samq.quant.scales import as_fp16
 
 CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(15))
@@ -53,6 +55,25 @@ class InputGrid:
         """max|x| / 127 per token [..., 1], or of the whole tensor (every dimension 1)."""
         dims = (-1,) if self.granularity == "per_token" else tuple(range(x.ndim))
         return x.abs().amax(dims, keepdim=True).clamp(min=SMALLEST_RANGE) / self.qmax
+
+
+def input_grid(asked: InputsConfig | None, weight: Tensor, statistics: InputStatistics | None) -> InputGrid | None:
+    """The grid of a layer's inputs.
+
+    Args:
+        asked: the format, None for float inputs.
+        weight: [N, K] of the layer.
+        statistics: of its inputs; may be None where they stay float or scales are dynamic.
+    """
+    if asked is None:
+        return None
+    if asked.mode == "dynamic":
+        return InputGrid(asked.dtype, asked.granularity)
+    assert statistics is not None
+    if statistics.rows == 0:
+        return InputGrid(asked.dtype, asked.granularity, scale=1.0)
+    importance = weight.square().sum(0)
+    return static_grid(asked.dtype, statistics.low, statistics.high, statistics.sample, importance)
 
 
 def static_grid(dtype: str, low: Tensor, high: Tensor, sample: Tensor, importance: Tensor) -> InputGrid:

@@ -16,21 +16,25 @@ from torch import Tensor
 from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
-from samq.quant.config import Recipe
+from samq.quant.config import AUTO, Alpha, Recipe
 from samq.quant.folds import Folds
 from samq.quant.gptq import gptq, output_error
 from samq.quant.grids import QuantizedWeight, round_to_grid
-from samq.quant.inputs import InputGrid, static_grid
+from samq.quant.inputs import input_grid
 from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
 from samq.quant.low_rank import LowRank, compensated, truncated_svd
 from samq.quant.plan import LayerPlan, grid_of
 from samq.quant.rotate import rotate_values
 from samq.quant.scales import choose_scales
+from samq.quant.shift import fold_offset, middle
 from samq.quant.sites import FoldSite, fold_sites, linear_at
-from samq.quant.smooth import smooth
+from samq.quant.smooth import fold_scale, magnitudes, smoothing_factors
+from samq.quant.smooth_search import best_alpha
 
 RANGE = "range"  # smallest and largest input of each channel, and a sample of inputs
 HESSIAN = "hessian"  # Σ x xᵀ
+
+WITHOUT_INPUTS = 0.5  # alpha of layers that calibration did not reach, so that there is nothing to search on
 
 Tick = Callable[[str], None]
 
@@ -104,6 +108,71 @@ class Pass(ABC):
         """Change `work`; returns the names of the layers touched."""
 
 
+class Shift(Pass):
+    """Take the middle of each activation channel away where biases make up for it (`samq.quant.shift`)."""
+
+    needs = frozenset({RANGE})
+    exact = True
+
+    def apply(self, work: Work) -> list[str]:
+        """Shift every site that takes an offset, whose layers are all quantized and have seen inputs."""
+        touched: list[str] = []
+        for site in work.sites():
+            statistics = [work.statistics[layer] for layer in site.layers]
+            if not site.takes_offset or not all(entry.rows for entry in statistics):
+                continue
+            low = torch.stack([entry.low for entry in statistics]).amin(0)
+            high = torch.stack([entry.high for entry in statistics]).amax(0)
+            offset = middle(low, high)
+            fold_offset(work.model, site, offset)
+            work.folds.offsets[site.source] = offset
+            for layer, entry in zip(site.layers, statistics, strict=True):
+                entry.shift(offset)
+                work.note(layer).remark(f"inputs shifted, folded into {site.source}")
+            touched.extend(site.layers)
+        return touched
+
+
+class Smooth(Pass):
+    """Move activation outliers into the weights where something absorbs them (`samq.quant.smooth`)."""
+
+    needs = frozenset({RANGE})
+    exact = True
+
+    def __init__(self, alpha: Alpha) -> None:
+        self.alpha = alpha
+
+    def apply(self, work: Work) -> list[str]:
+        """Smooth every site whose layers are all quantized; says so for layers that have none.
+
+        Attention values come first. Theirs changes the rows of qkv, and only then do the columns of qkv tell by how
+        much a channel before it matters: one row with an outlier would have the largest weight of every column.
+        """
+        touched: list[str] = []
+        for site in sorted(work.sites(), key=lambda site: site.heads is None):
+            layers, statistics = site.layers_in(work.model), [work.statistics[layer] for layer in site.layers]
+            alpha = self._alpha_of(site, work)
+            factors = smoothing_factors(*magnitudes(layers, statistics, work.recipe.weight_only), alpha)
+            fold_scale(work.model, site, factors)
+            work.folds.scales[site.source] = factors
+            for layer, entry in zip(site.layers, statistics, strict=True):
+                entry.rescale(1 / factors)
+                work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
+            touched.extend(site.layers)
+        for layer in [name for name in work.plans if name not in touched]:
+            work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
+        return touched
+
+    def _alpha_of(self, site: FoldSite, work: Work) -> float:
+        if self.alpha != AUTO:
+            return self.alpha
+        statistics = [work.statistics[layer] for layer in site.layers]
+        if not all(entry.rows for entry in statistics):
+            return WITHOUT_INPUTS
+        group_sizes = [work.plans[layer].group_size for layer in site.layers]
+        return best_alpha(site.layers_in(work.model), group_sizes, statistics, work.recipe)
+
+
 class RotateValues(Pass):
     """Spread outliers of attention values over their head (`samq.quant.rotate`)."""
 
@@ -113,35 +182,13 @@ class RotateValues(Pass):
         """Rotate every attention whose output projection is quantized."""
         sites = [site for site in work.sites() if site.heads is not None]
         for site in sites:
-            rotate_values(work.model, site)
+            (layer,) = site.layers
+            rotation = rotate_values(work.model, site)
             work.folds.rotated.append(site.source)
-            work.note(site.layers[0]).remark(f"inputs rotated per head, folded into {site.source}")
+            if layer in work.statistics:
+                work.statistics[layer].rotate(rotation)
+            work.note(layer).remark(f"inputs rotated per head, folded into {site.source}")
         return [site.layers[0] for site in sites]
-
-
-class Smooth(Pass):
-    """Move activation outliers into the weights where something absorbs them (`samq.quant.smooth`)."""
-
-    needs = frozenset({RANGE})
-    exact = True
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
-    def apply(self, work: Work) -> list[str]:
-        """Smooth every site whose layers are all quantized; says so for layers that have none."""
-        touched: list[str] = []
-        for site in work.sites():
-            absmax = torch.stack([work.statistics[layer].absmax() for layer in site.layers]).amax(0)
-            factors = smooth(work.model, site, absmax, self.alpha)
-            work.folds.scales[site.source] = factors
-            for layer in site.layers:
-                work.statistics[layer].rescale(1 / factors)
-                work.note(layer).remark(f"inputs smoothed, folded into {site.source}")
-            touched.extend(site.layers)
-        for layer in [name for name in work.plans if name not in touched]:
-            work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
-        return touched
 
 
 class Quantize(Pass):
@@ -168,7 +215,7 @@ class Quantize(Pass):
             weight = layer.weight.detach().float()
             branch, quantized = self._quantize_weight(weight, plan, statistics, work.note(name))
             bias = None if layer.bias is None else layer.bias.detach().float()
-            codes = LayerCodes(quantized, self._input_grid(weight, statistics), branch, bias)
+            codes = LayerCodes(quantized, input_grid(self.recipe.ipts, weight, statistics), branch, bias)
             if statistics is not None and statistics.hessian is not None:
                 total = output_error(weight, statistics.hessian)
                 left = output_error(weight - codes.effective_weight(), statistics.hessian)
@@ -212,18 +259,6 @@ class Quantize(Pass):
             )
         return result.weight
 
-    def _input_grid(self, weight: Tensor, statistics: InputStatistics | None) -> InputGrid | None:
-        asked = self.recipe.ipts
-        if asked is None:
-            return None
-        if asked.mode == "dynamic":
-            return InputGrid(asked.dtype, asked.granularity)
-        assert statistics is not None
-        if statistics.rows == 0:
-            return InputGrid(asked.dtype, asked.granularity, scale=1.0)
-        importance = weight.square().sum(0)
-        return static_grid(asked.dtype, statistics.low, statistics.high, statistics.sample, importance)
-
 
 class RoundRest(Pass):
     """Round the weights that stay float to FP16, as they are stored and as every GPU engine runs them.
@@ -247,10 +282,16 @@ class RoundRest(Pass):
 
 
 def passes_for(recipe: Recipe) -> list[Pass]:
-    """The passes of a recipe, in order."""
+    """The passes of a recipe, in order: each makes the next one's work easier.
+
+    Middles are taken away before channels are compared by their ranges, and channels are made alike before a rotation
+    mixes them. The other way round one outlier would be in all channels of a head, where no scale reaches it.
+    """
     passes: list[Pass] = []
-    if recipe.rotation.enabled:
-        passes.append(RotateValues())
+    if recipe.shift.enabled:
+        passes.append(Shift())
     if recipe.smooth.enabled:
         passes.append(Smooth(recipe.smooth.alpha))
+    if recipe.rotation.enabled:
+        passes.append(RotateValues())
     return [*passes, Quantize(recipe), RoundRest()]

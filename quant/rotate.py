@@ -26,11 +26,14 @@ def spreading_rotation(width: int) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_values(model: nn.Module, site: FoldSite) -> None:
+def rotate_values(model: nn.Module, site: FoldSite) -> Tensor:
     """Rotate the value heads of one attention; its output stays the same up to rounding.
 
     Args:
         site: a site with heads.
+
+    Returns:
+        R [K, K] in float64, by which the output projection's inputs are now multiplied.
     """
     assert site.heads is not None
     source, (output,) = site.source_in(model), site.layers_in(model)
@@ -40,3 +43,4 @@ def rotate_values(model: nn.Module, site: FoldSite) -> None:
     source.weight[start:stop] = (rotation @ source.weight[start:stop].double()).to(source.weight.dtype)
     source.bias[start:stop] = (rotation @ source.bias[start:stop].double()).to(source.bias.dtype)
     output.weight.copy_(output.weight.double() @ rotation.T)
+    return rotation

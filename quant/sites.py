@@ -2,16 +2,18 @@
 
 | site            | sits on the input of         | its inverse goes into         | algebra                             |
 |-----------------|------------------------------|-------------------------------|-------------------------------------|
-| after LayerNorm | the linears that it feeds    | its gain and bias             | diag(s) only: LN(x)·s               |
-| value → output  | an attention's output linear | the rows of v, as softmax     | diag(s), or a rotation per head     |
-|                 |                              | mixes tokens only             |                                     |
+| after LayerNorm | the linears that it feeds    | its gain and bias             | diag(s): LN(x)·s; offset: LN(x) − c |
+| value → output  | an attention's output linear | the rows of v, as softmax     | diag(s), a rotation per head, or an |
+|                 |                              | mixes tokens only             | offset, as its weights sum to one   |
 | ReLU in between | an MLP's next linear         | the rows of the linear before | diag(s), s > 0: relu(s·x)=s·relu(x) |
 
-Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNorms also feed the residual stream.
+Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNorms also feed the residual stream. A
+LayerNorm behind which windows are filled up with zeros takes no offset, for these zeros would not have it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +21,7 @@ from torch import nn
 from transformers.models.sam2.modeling_sam2 import (
     Sam2Attention,
     Sam2FeedForward,
+    Sam2HieraDetModel,
     Sam2MultiScaleAttention,
     Sam2MultiScaleBlock,
 )
@@ -33,12 +36,15 @@ class FoldSite:
         rows: the rows of `source` that produce the activations (output channels), start and stop.
         layers: names of the linear layers that read the activations.
         heads: attention heads when the activations are attention values, else None.
+        takes_offset: the layers read nothing but what `source` puts out, on each token or averaged over tokens, so that
+            their biases can make up for an offset of its bias.
     """
 
     source: str
     rows: tuple[int, int]
     layers: tuple[str, ...]
     heads: int | None = None
+    takes_offset: bool = False
 
     def source_in(self, model: nn.Module) -> nn.LayerNorm | nn.Linear:
         """The module that takes the inverse."""
@@ -61,21 +67,52 @@ def linear_at(model: nn.Module, name: str) -> nn.Linear:
 def fold_sites(model: nn.Module) -> list[FoldSite]:
     """All fold sites of a `Sam2Model`, in the order in which they run."""
     sites: list[FoldSite] = []
+    unpadded: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Sam2MultiScaleBlock):
+        if isinstance(module, Sam2HieraDetModel):
+            unpadded |= _unpadded_blocks(module)
+        elif isinstance(module, Sam2MultiScaleBlock):
             fed = (f"{name}.proj",) if module.dim != module.dim_out else ()
-            sites.append(FoldSite(f"{name}.layer_norm1", (0, module.dim), (*fed, f"{name}.attn.qkv")))
-            sites.append(FoldSite(f"{name}.layer_norm2", (0, module.dim_out), (f"{name}.mlp.proj_in",)))
+            readers = (*fed, f"{name}.attn.qkv")
+            sites.append(
+                FoldSite(f"{name}.layer_norm1", (0, module.dim), readers, takes_offset=module in unpadded),
+            )
+            mlp = (f"{name}.mlp.proj_in",)
+            sites.append(FoldSite(f"{name}.layer_norm2", (0, module.dim_out), mlp, takes_offset=True))
         elif isinstance(module, Sam2MultiScaleAttention):
-            width = module.dim_out
-            heads = module.num_attention_heads
-            sites.append(FoldSite(f"{name}.qkv", (2 * width, 3 * width), (f"{name}.proj",), heads))
+            rows = (2 * module.dim_out, 3 * module.dim_out)
+            sites.append(FoldSite(f"{name}.qkv", rows, (f"{name}.proj",), module.num_attention_heads, True))
         elif isinstance(module, Sam2Attention):
             rows = (0, module.internal_dim)
-            sites.append(FoldSite(f"{name}.v_proj", rows, (f"{name}.o_proj",), module.num_attention_heads))
+            sites.append(FoldSite(f"{name}.v_proj", rows, (f"{name}.o_proj",), module.num_attention_heads, True))
         elif isinstance(module, Sam2FeedForward) and isinstance(module.activation, nn.ReLU):
             chain = ["proj_in", *(f"layers.{i}" for i in range(len(module.layers))), "proj_out"]
             for before, after in pairwise(chain):
                 rows = (0, linear_at(module, before).out_features)
                 sites.append(FoldSite(f"{name}.{before}", rows, (f"{name}.{after}",)))
     return sites
+
+
+def _unpadded_blocks(backbone: Sam2HieraDetModel) -> set[nn.Module]:
+    """The blocks into whose windows the tokens of an image of the configured size fit without any filling."""
+    config = backbone.config
+    geometry = (config.image_size, config.patch_padding, config.patch_kernel_size, config.patch_stride)
+    grid = [
+        (size + 2 * padding - kernel) // stride + 1
+        for size, padding, kernel, stride in zip(*map(_pair, geometry), strict=True)
+    ]
+    unpadded: set[nn.Module] = set()
+    for block in backbone.blocks:
+        assert isinstance(block, Sam2MultiScaleBlock)
+        if block.window_size == 0 or not any(side % block.window_size for side in grid):
+            unpadded.add(block)
+        if block.query_stride is not None:
+            grid = [side // stride for side, stride in zip(grid, _pair(block.query_stride), strict=True)]
+    return unpadded
+
+
+def _pair(configured: int | Sequence[int] | None) -> tuple[int, int]:
+    """A size as transformers' configurations hold it: one number for both sides, or two."""
+    assert configured is not None
+    both = (configured, configured) if isinstance(configured, int) else configured
+    return both[0], both[1]

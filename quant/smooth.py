@@ -2,37 +2,47 @@
 
     y = (x diag(s)⁻¹)(diag(s) Wᵀ),   s_k = max|x_k|^α / max|w_:k|^(1−α)        (eq. 4)
 
-diag(s)⁻¹ is folded into whatever produces x (see `samq.quant.sites`), so that nothing runs in addition.
+diag(s)⁻¹ is folded into whatever produces x (see `samq.quant.sites`), so that nothing runs in addition. With float
+activations it still pays: columns that matter are enlarged and lose less of themselves to rounding, as in AWQ (Lin et
+al., arXiv 2306.00978, section 3.2). Whatever scale a channel had before, x diag(s)⁻¹ and W diag(s) come out the same:
+no outlier channel survives, at any α.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from samq.calib.statistics import InputStatistics
 from samq.quant.sites import FoldSite
 
 SMALLEST = 1e-5
 
 
-def smoothing_factors(input_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """s [K] of eq. 4, from the largest magnitude of each input channel and of each weight column."""
-    factors = input_absmax.clamp(min=SMALLEST) ** alpha / weight_absmax.clamp(min=SMALLEST) ** (1 - alpha)
+def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """s [K] of eq. 4, from a magnitude of each input channel and of each weight column."""
+    factors = inputs.clamp(min=SMALLEST) ** alpha / weights.clamp(min=SMALLEST) ** (1 - alpha)
     return factors.clamp(min=SMALLEST)
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, site: FoldSite, input_absmax: Tensor, alpha: float) -> Tensor:
-    """Smooth the layers of one site; the model's output stays the same up to rounding.
+def magnitudes(
+    layers: Sequence[nn.Linear], statistics: Sequence[InputStatistics], weights_only: bool
+) -> tuple[Tensor, Tensor]:
+    """What eq. 4 compares: magnitudes [K] of inputs and weight columns, the larger ones where layers share inputs.
 
-    Returns:
-        s [K], by which the layers' inputs are now divided.
+    These are the largest values, which decide on the steps of both grids. Where the inputs stay float, no step of
+    theirs is at stake, and averages tell better how much a channel matters: mean|x| and the column's root mean square.
     """
-    layers = site.layers_in(model)
-    weight_absmax = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
-    factors = smoothing_factors(input_absmax, weight_absmax, alpha)
-    fold_scale(model, site, factors)
-    return factors
+    if weights_only:
+        inputs = [entry.sample.abs().sum(0) / max(1, len(entry.sample)) for entry in statistics]
+        columns = [layer.weight.square().mean(0).sqrt() for layer in layers]
+    else:
+        inputs = [entry.absmax() for entry in statistics]
+        columns = [layer.weight.abs().amax(0) for layer in layers]
+    return torch.stack(inputs).amax(0), torch.stack(columns).amax(0)
 
 
 @torch.no_grad()

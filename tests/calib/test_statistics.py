@@ -29,6 +29,7 @@ def test_ranges_and_hessian(shape: tuple[int, ...], with_hessian: bool) -> None:
     np.testing.assert_array_equal(entry.low.numpy(), rows.min(0))
     np.testing.assert_array_equal(entry.high.numpy(), rows.max(0))
     np.testing.assert_array_equal(entry.absmax().numpy(), np.abs(rows).max(0))
+    np.testing.assert_allclose(entry.total.numpy(), rows.sum(0), rtol=1e-12)
     if with_hessian:
         assert entry.hessian is not None
         np.testing.assert_allclose(entry.hessian.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-5)
@@ -60,8 +61,48 @@ def test_rescaling_is_as_if_the_inputs_had_been_scaled(with_hessian: bool) -> No
         scaled.add(x * factor)
         rescaled.add(x)
     rescaled.rescale(factor)
-    for name in ("low", "high", "sample", *(["hessian"] if with_hessian else [])):
+    for name in ("low", "high", "total", "sample", *(["hessian"] if with_hessian else [])):
         torch.testing.assert_close(getattr(rescaled, name), getattr(scaled, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_hessian", [True, False])
+@pytest.mark.parametrize("far", [0.0, 1.0, 30.0])
+def test_shifting_is_as_if_the_inputs_had_been_shifted(with_hessian: bool, far: float) -> None:
+    offset = far * torch.tensor([1.0, -1, 0.5, 0, -2, 3])
+    shifted, moved = (InputStatistics.empty(6, with_hessian, CPU) for _ in range(2))
+    for x in batches(200, 300):
+        shifted.add(x)
+        moved.add(x - offset)
+        shifted.add(x + 2 * offset)
+        moved.add(x + offset)
+    shifted.shift(offset)
+    assert shifted.rows == moved.rows
+    for name in ("low", "high", "total", "sample"):
+        torch.testing.assert_close(getattr(shifted, name), getattr(moved, name), rtol=1e-5, atol=1e-4 * (1 + far))
+    if with_hessian:
+        assert shifted.hessian is not None
+        assert moved.hessian is not None
+        assert float((shifted.hessian - moved.hessian).norm() / moved.hessian.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_rotating_is_as_if_the_inputs_had_been_rotated(with_hessian: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    rotated, turned = (InputStatistics.empty(6, with_hessian, CPU) for _ in range(2))
+    for x in batches(20, 30):  # all of which are in the sample
+        rotated.add(x)
+        turned.add((x.double() @ rotation.T).float())
+    rotated.rotate(rotation)
+    for name in ("low", "high", "total", "sample", *(["hessian"] if with_hessian else [])):
+        torch.testing.assert_close(getattr(rotated, name), getattr(turned, name), rtol=1e-5, atol=1e-4)
+
+
+def test_statistics_of_no_row_stay_so() -> None:
+    entry = InputStatistics.empty(6, True, CPU)
+    entry.rotate(torch.eye(6, dtype=torch.float64))
+    assert entry.rows == 0
+    assert (entry.low > entry.high).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

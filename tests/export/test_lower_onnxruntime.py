@@ -143,7 +143,8 @@ WHOLE_MODELS: dict[str, Recipe] = {
 def test_a_whole_encoder_computes_what_torch_simulates(name: str, tmp_path: Path) -> None:
     """Codes flip where float sums differ in their last bit: INT8 inputs may cost a fraction of the rounding noise.
 
-    Torch against itself on an image changed by 1e-6 differs as much. The tests of single layers are sharp.
+    Torch against itself on an image changed by 1e-6 differs by up to 0.8 of it where scales are dynamic, per tensor. An
+    engine that rounds no inputs differs by all of it. The tests of single layers are sharp.
     """
     recipe = WHOLE_MODELS[name]
     image = pixels(1, seed=3)
@@ -154,7 +155,7 @@ def test_a_whole_encoder_computes_what_torch_simulates(name: str, tmp_path: Path
         unrounded = ImageEncoder(float_model())(image)
     for output, exact, real in zip(engine.outputs, expected, unrounded, strict=True):
         difference = relative(torch.from_numpy(found[output]) - exact, exact)
-        assert difference < (1e-5 if recipe.weight_only else 0.5 * relative(real - exact, exact))
+        assert difference < (1e-5 if recipe.weight_only else 0.8 * relative(real - exact, exact))
     executed = executed_layers(tmp_path / "lowered.onnx")
     layers = [layer for layer in quantized(recipe).codes if layer.startswith("vision_encoder.")]
     assert {executed[layer].compute for layer in layers} == {requested_compute(recipe)}

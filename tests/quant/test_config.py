@@ -17,6 +17,7 @@ from samq.quant.config import (
     LowRankConfig,
     Recipe,
     RotationConfig,
+    ShiftConfig,
     SmoothConfig,
     WeightsConfig,
     load_recipe,
@@ -107,6 +108,8 @@ wgts:
   kernel_gptq: null
   low_rank: null
 ipts: null
+shift:
+  enabled: false
 smooth:
   enabled: false
   alpha: 0.5
@@ -120,6 +123,8 @@ calib:
     assert Recipe(wgts=WeightsConfig(dtype="sint4")).to_yaml() == resolved
 
 
+NO_NUMBER = "is not a number such as 0.01, without quotes (YAML takes 1e-2 for text)"
+
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 recipes = st.builds(
     Recipe,
@@ -132,7 +137,8 @@ recipes = st.builds(
         low_rank=st.none() | st.builds(LowRankConfig, max_overhead=st.none() | fractions),
     ),
     ipts=st.none() | st.builds(InputsConfig, dtype=st.just("sint8"), mode=st.just("dynamic")),
-    smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions),
+    shift=st.builds(ShiftConfig, enabled=st.booleans()),
+    smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto")),
     rotation=st.builds(RotationConfig, enabled=st.booleans()),
     calib=st.builds(CalibConfig, path=st.none() | st.text(st.characters(codec="utf-8"))),
 )
@@ -152,6 +158,7 @@ def test_any_recipe_round_trips(recipe: Recipe) -> None:
         ("ipts: {mode: dynamic, granularity: per_token}\nrotation: {enabled: true}\n", False),
         ("ipts: {mode: static}\n", True),
         ("  kernel_gptq: {}\n", True),
+        ("shift: {enabled: true}\n", True),
         ("smooth: {enabled: true}\n", True),
     ],
 )
@@ -174,8 +181,8 @@ def test_needs_calibration(content: str, needs_calibration: bool) -> None:
         (SINT4 + "gptq: {}\n", 3, "gptq", "did you mean wgts.kernel_gptq?"),
         (SINT4 + "calib: {Path: x}\n", 3, "calib.Path", "did you mean calib.path?"),
         (SINT4 + "calib.path: x\n", 3, "calib.path", "write calib: {path: ...}"),
-        (SINT4 + "xyzzy: 1\n", 3, "xyzzy", "known keys here: wgts, ipts, smooth, rotation, calib"),
-        (SINT4 + "on: 1\n", 3, "on", "known keys here: wgts, ipts, smooth, rotation, calib"),
+        (SINT4 + "xyzzy: 1\n", 3, "xyzzy", "known keys here: wgts, ipts, shift, smooth, rotation, calib"),
+        (SINT4 + "on: 1\n", 3, "on", "known keys here: wgts, ipts, shift, smooth, rotation, calib"),
     ],
 )
 def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
@@ -208,8 +215,14 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
         (
             SINT4 + "smooth:\n  alpha: 5e-1\n",
             4,
-            "smooth.alpha: '5e-1' is not a number such as 0.01, without quotes (YAML takes 1e-2 for text)",
+            f"smooth.alpha: '5e-1' {NO_NUMBER}",
         ),
+        (
+            SINT4 + "smooth:\n  alpha: atuo\n",
+            4,
+            "smooth.alpha: 'atuo' is neither auto nor a number from 0 to 1",
+        ),
+        (SINT4 + "smooth: {alpha: true}\n", 3, f"smooth.alpha: true {NO_NUMBER}"),
         (SINT4 + "smooth:\n  alpha: .nan\n", 4, "smooth.alpha: .nan is not a finite number"),
         (SINT4 + "  skip_decoder: 1\n", 3, "wgts.skip_decoder: 1 is not true or false, without quotes"),
         (SINT4 + "calib: {path: 12}\n", 3, "calib.path: 12 is not text; put it in quotes"),
@@ -228,7 +241,7 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
         (
             "# c\n- wgts\n",
             2,
-            "the file: - wgts is not a mapping; its keys are wgts, ipts, smooth, rotation, calib",
+            "the file: - wgts is not a mapping; its keys are wgts, ipts, shift, smooth, rotation, calib",
         ),
         (
             "\nwgts:\n  skip_decoder: true\n",

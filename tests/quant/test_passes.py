@@ -15,9 +15,11 @@ from samq.quant.config import Recipe, preset_names
 from samq.quant.gptq import output_error
 from samq.quant.grids import round_to_grid
 from samq.quant.layers import QuantizedLinear
-from samq.quant.passes import HESSIAN, RANGE, Quantize, RotateValues, RoundRest, Smooth, Work, passes_for
+from samq.quant.passes import HESSIAN, RANGE, Quantize, RotateValues, RoundRest, Shift, Smooth, Work, passes_for
 from samq.quant.plan import grid_of, make_plan
 from samq.quant.scales import choose_scales
+from samq.quant.sites import fold_sites, linear_at
+from samq.quant.smooth_search import best_alpha
 
 LAYER = "vision_encoder.backbone.blocks.0.attn.qkv"  # [96, 32]
 NO_SMOOTHING = {"enabled": False}
@@ -51,19 +53,19 @@ def quantized(model: Sam2Model, recipe: Recipe, statistics: InputStatistics | No
 @pytest.mark.parametrize(
     ("preset", "kinds", "needs"),
     [
-        ("int4_w4a8", [Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
-        ("int4_svdquant", [Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
+        ("int4_w4a8", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
+        ("int4_svdquant", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int4_w4a8_rtn", [Quantize, RoundRest], {RANGE}),
-        ("int4_w4only", [Quantize, RoundRest], {HESSIAN}),
+        ("int4_w4only", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int4_w4only_rtn", [Quantize, RoundRest], set()),
-        ("int8_w8a8", [Smooth, Quantize, RoundRest], {RANGE}),
+        ("int8_w8a8", [Shift, Smooth, Quantize, RoundRest], {RANGE}),
     ],
 )
 def test_passes_of_presets(preset: str, kinds: list[type], needs: set[str]) -> None:
     passes = passes_for(recipe_of(preset))
     assert [type(step) for step in passes] == kinds
     assert frozenset().union(*(step.needs for step in passes)) == needs
-    assert [step.exact for step in passes] == [kind is Smooth for kind in kinds]
+    assert [step.exact for step in passes] == [kind in (Shift, Smooth) for kind in kinds]
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -72,9 +74,9 @@ def test_what_the_recipe_says_it_needs_is_what_the_passes_need(preset: str) -> N
     assert recipe.needs_calibration == any(step.needs for step in passes_for(recipe))
 
 
-def test_rotation_comes_before_everything_else() -> None:
+def test_channels_are_shifted_then_smoothed_then_rotated() -> None:
     kinds = [type(step) for step in passes_for(recipe_of(rotation={"enabled": True}))]
-    assert kinds == [RotateValues, Smooth, Quantize, RoundRest]
+    assert kinds == [Shift, Smooth, RotateValues, Quantize, RoundRest]
 
 
 def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
@@ -178,24 +180,119 @@ def test_static_inputs_cover_the_range(small_model: Sam2Model, dtype: str) -> No
     assert 0.3 * float(rows.max()) < levels * grid.scale <= 1.01 * float(rows.max())
 
 
+def work_on_all_layers(model: Sam2Model, recipe: Recipe | None = None, rows: int = 16) -> Work:
+    """With inputs that are far from zero."""
+    recipe = recipe_of() if recipe is None else recipe
+    plans = {plan.name: plan for plan in make_plan(model, recipe) if plan.skip is None}
+    generator = torch.Generator().manual_seed(0)
+    statistics = {
+        name: statistics_of(5 + torch.randn(rows, plan.in_features, generator=generator))
+        for name, plan in plans.items()
+    }
+    return Work(copy.deepcopy(model), recipe, plans, statistics)
+
+
+def test_shifted_channels_lie_around_zero(small_model: Sam2Model) -> None:
+    work = work_on_all_layers(small_model)
+    sites = [site for site in fold_sites(small_model) if site.takes_offset]
+    of_one_reader = {site.layers[0] for site in sites if len(site.layers) == 1}
+    touched = Shift().apply(work)
+    assert set(touched) == {layer for site in sites for layer in site.layers}
+    assert work.folds.offsets.keys() == {site.source for site in sites}
+    for name, entry in work.statistics.items():
+        if name in of_one_reader:
+            torch.testing.assert_close(entry.low, -entry.high)
+        assert (float(entry.absmax().max()) < 5) == (name in touched)
+        assert bool(work.notes.get(name)) == (name in touched)
+
+
+def test_a_layer_that_saw_no_input_is_not_shifted(small_model: Sam2Model) -> None:
+    work = work_on_all_layers(small_model, rows=0)
+    assert Shift().apply(work) == []
+    assert not work.folds.offsets
+
+
+def test_the_values_are_smoothed_before_the_norms(small_model: Sam2Model) -> None:
+    """A value row with an outlier has the largest weight of all columns of qkv; it must not decide their factors."""
+    factors = []
+    for outlier in (1.0, 1000.0):
+        work = work_on_all_layers(small_model)
+        qkv, proj = (linear_at(work.model, f"vision_encoder.backbone.blocks.0.attn.{name}") for name in ("qkv", "proj"))
+        with torch.no_grad():  # a value 1000 times as large, read by weights 1000 times as small
+            qkv.weight[-1] *= outlier
+            qkv.bias[-1] *= outlier
+            proj.weight[:, -1] /= outlier
+        work.statistics["vision_encoder.backbone.blocks.0.attn.proj"].rescale(
+            torch.ones(32).index_fill(0, torch.tensor([31]), outlier)
+        )
+        Smooth(0.5).apply(work)
+        factors.append(work.folds.scales["vision_encoder.backbone.blocks.0.layer_norm1"])
+    torch.testing.assert_close(factors[1], factors[0])
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_rotation_takes_the_statistics_with_it(small_model: Sam2Model, gathered: bool) -> None:
+    work = work_on_all_layers(small_model)
+    before = copy.deepcopy(work.statistics)
+    if not gathered:
+        work.statistics = {}
+    touched = RotateValues().apply(work)
+    assert work.folds.rotated == [site.source for site in fold_sites(small_model) if site.heads is not None]
+    for name, entry in work.statistics.items():
+        old = before[name]
+        assert entry.hessian is not None
+        assert old.hessian is not None
+        assert torch.equal(entry.hessian, old.hessian) == (name not in touched)
+        if name in touched:  # what the layer puts out over its inputs stays
+            weights = [linear_at(model, name).weight.detach() for model in (small_model, work.model)]
+            torch.testing.assert_close(entry.sample @ weights[1].T, old.sample @ weights[0].T, rtol=1e-3, atol=1e-3)
+            outs = [
+                output_error(w, e.hessian) for w, e in zip(weights, (old, entry), strict=True) if e.hessian is not None
+            ]
+            assert outs[1] == pytest.approx(outs[0], rel=1e-4)
+
+
 def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:
-    recipe = recipe_of()
-    plans = {plan.name: plan for plan in make_plan(small_model, recipe) if plan.skip is None}
-    statistics = {name: statistics_of(torch.randn(16, plan.in_features)) for name, plan in plans.items()}
+    work = work_on_all_layers(small_model)
+    plans, statistics = work.plans, work.statistics
     before = {name: entry.absmax().clone() for name, entry in statistics.items()}
-    work = Work(copy.deepcopy(small_model), recipe, plans, statistics)
     touched = Smooth(0.5).apply(work)
     assert touched
     assert set(touched) < set(plans)
     assert work.notes.keys() == plans.keys()
     for name in plans:
         (remark,) = work.notes[name].remarks
-        assert remark.startswith("inputs smoothed, folded into" if name in touched else "inputs not smoothed")
+        assert remark.startswith(
+            "inputs smoothed (alpha 0.5), folded into" if name in touched else "inputs not smoothed"
+        )
     # y = (x / s)(s W)ᵀ: what the weights gained, the statistics of the inputs lost
     layer = "vision_encoder.backbone.blocks.0.mlp.proj_in"
     old, new = (model.get_submodule(layer).weight.detach() for model in (small_model, work.model))
     factors = (new / old).mean(0)
     torch.testing.assert_close(statistics[layer].absmax(), before[layer] / factors)
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4only", "int8_w8a8"])
+def test_the_search_finds_an_alpha_for_each_site(small_model: Sam2Model, preset: str) -> None:
+    work = work_on_all_layers(small_model, recipe_of(preset))
+    layer = "vision_encoder.backbone.blocks.0.attn.proj"  # of the first site that is smoothed
+    best = best_alpha(
+        [linear_at(small_model, layer)], [work.plans[layer].group_size], [work.statistics[layer]], work.recipe
+    )
+    fixed, searched = work, copy.deepcopy(work)
+    Smooth(best).apply(fixed)
+    touched = Smooth("auto").apply(searched)
+    assert torch.equal(linear_at(searched.model, layer).weight, linear_at(fixed.model, layer).weight)
+    assert searched.notes[layer] == fixed.notes[layer]
+    alphas = {remark.partition(",")[0] for name in touched for remark in searched.notes[name].remarks}
+    assert len(alphas) > 1
+
+
+def test_the_search_leaves_layers_without_inputs_half_way(small_model: Sam2Model) -> None:
+    works = [work_on_all_layers(small_model, rows=0) for _ in range(2)]
+    Smooth("auto").apply(works[0])
+    Smooth(0.5).apply(works[1])
+    assert works[0].notes == works[1].notes
 
 
 def test_a_site_with_a_float_layer_is_left_alone(small_model: Sam2Model) -> None:

@@ -18,6 +18,7 @@ from samq.quant.config import Recipe, load_recipe, preset_names
 from samq.quant.layers import QuantizedLinear
 from samq.quant.passes import Pass, Quantize, RotateValues, Smooth, Work, passes_for
 from samq.quant.quantize import quantize
+from samq.tools.demo.hostile import make_hostile
 
 LOOSE = {  # relative error of the image embedding that a format may cost on random weights
     "int4_w4a8": 0.12,
@@ -88,6 +89,19 @@ def test_gptq_beats_rounding_and_smoothing_keeps_it(small_model: Sam2Model) -> N
         errors[preset] = relative(result - reference, reference)
     assert errors["int4_w4only"] < 0.7 * errors["int4_w4only_rtn"]
     assert errors["int4_w4a8"] < 0.7 * errors["int4_w4a8_rtn"]
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4only", "int4_svdquant", "int8_w8a8"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_outlier_channels_cost_nothing(small_model: Sam2Model, preset: str, rotate: bool) -> None:
+    """Shifting and smoothing undo what a hostile variant of the model adds, and leave a rotation nothing to spread."""
+    recipe = recipe_of(preset, rotation={"enabled": rotate}, wgts={"skip_decoder": True})
+    reference = outputs(small_model)[0]
+    errors = [
+        relative(outputs(quantize(model, recipe, images()).model)[0] - reference, reference)
+        for model in (small_model, make_hostile(small_model))
+    ]
+    assert errors[1] < 1.05 * errors[0]
 
 
 def test_rounding_weights_needs_no_images(small_model: Sam2Model) -> None:
