@@ -143,26 +143,10 @@ def _keys(value: ir.Value | None) -> tuple[ir.Value, float]:
     if turned is not None and _permutation(turned) == (0, 2, 3, 1):
         assert turned.inputs[0] is not None
         return turned.inputs[0], scale
-    if turned is not None and _permutation(turned) == (0, 1, 3, 2):
-        inner, more = _unscaled(turned.inputs[0])
-    else:
-        inner, more = _unscaled(_turned_in_three_axes(value))
-    return _heads_last(inner), scale * more
-
-
-def _turned_in_three_axes(value: ir.Value | None) -> ir.Value:
-    """[B, heads, tokens, d] behind Reshape → Transpose → Reshape, as torch's exporter turns the last two axes."""
-    outer = producer(value, "Reshape")
-    turned = None if outer is None else producer(outer.inputs[0], "Transpose")
-    inner = None if turned is None else producer(turned.inputs[0], "Reshape")
-    source = None if inner is None else inner.inputs[0]
-    if outer is None or turned is None or inner is None or source is None or _permutation(turned) != (0, 2, 1):
+    if turned is None or _permutation(turned) != (0, 1, 3, 2):
         raise _NoMatch("its keys are not transposed")
-    batch, heads, tokens, width = _sides_of(source)
-    flat, full = _computed_sides(inner.inputs[1]), _computed_sides(outer.inputs[1])
-    if flat[1:] != (tokens, width) or full != (batch, heads, width, tokens):
-        raise _NoMatch("its keys are reshaped to something else than their transposed form")
-    return source
+    inner, more = _unscaled(turned.inputs[0])
+    return _heads_last(inner), scale * more
 
 
 def _heads_last(value: ir.Value | None) -> ir.Value:
@@ -412,30 +396,3 @@ def _same_shape(one: ir.Shape | None, other: ir.Shape | None) -> bool:
     if one is None or other is None or None in (*one.dims, *other.dims):
         return False
     return one == other and all(isinstance(side, int) or side.value is not None for side in one)
-
-
-def _computed_sides(value: ir.Value | None) -> Sides:
-    """The sides that shape arithmetic (Shape, Slice, Concat of constants) gives.
-
-    Raises:
-        _NoMatch: something else computes them.
-    """
-    constant = constant_of(value)
-    if constant is not None:
-        return tuple(int(side) for side in constant.reshape(-1))
-    node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Shape" and node.inputs[0] is not None:
-        return _sides_of(node.inputs[0])[int_attribute(node, "start", 0) :][: _length_of(value)]
-    if node is not None and node.op_type == "Concat":
-        return tuple(side for part in node.inputs for side in _computed_sides(part))
-    if node is not None and node.op_type == "Slice" and len(node.inputs) == 3:
-        start, end = (constant_of(bound) for bound in node.inputs[1:])
-        if start is not None and end is not None:
-            return _computed_sides(node.inputs[0])[int(start.item()) : int(end.item())]
-    raise _NoMatch("the shape of its keys is computed in an unknown way")
-
-
-def _length_of(value: ir.Value | None) -> int | None:
-    """Length of a vector, where it is known."""
-    length = None if value is None or value.shape is None else value.shape[0]
-    return length if isinstance(length, int) else None

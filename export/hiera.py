@@ -6,6 +6,7 @@ the next attention wants, and are moved only where that order changes. Exact:
 
     join(f(split(x))) = f(x)                    for f on single tokens, so join ∘ split between equal windows vanishes
     split(pool(x)) = pool(split(x))             where pooling cells lie within windows
+    proj(join(x)) = join(proj(x))               for the projection behind the attention, which then skips the filling
     softmax(s·(q kᵀ)) v = softmax((s·q) kᵀ) v
 
 A window that reaches over the edge of the grid is filled up with tokens that are zero behind the first normalization,
@@ -104,6 +105,11 @@ def moved(tokens: Tensor, old: Layout, new: Layout) -> Tensor:
     return tokens if old == new else split(join(tokens, old), new)
 
 
+def on_grid(tokens: Tensor, layout: Layout) -> Tensor:
+    """Tokens [B, N, C] of a layout as a grid [B, H, W, C]."""
+    return join(tokens, layout).reshape(-1, layout.height, layout.width, tokens.shape[-1])
+
+
 def pool(tokens: Tensor, layout: Layout, stride: Stride) -> Tensor:
     """Maximum of each cell of `stride`, which divides the blocks: [B, N, C] → [B, N / cell, C]."""
     down, across = stride
@@ -139,6 +145,11 @@ class EngineHiera(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Sam2HieraDetModelOutput:
         """Pixels [B, 3, S, S] → the tokens [B, H, W, C] at the end of each stage."""
+        ends = tuple(on_grid(tokens, layout) for tokens, layout in self.stages(pixel_values))
+        return Sam2HieraDetModelOutput(last_hidden_state=ends[-1], intermediate_hidden_states=ends)
+
+    def stages(self, pixel_values: Tensor) -> list[tuple[Tensor, Layout]]:
+        """Pixels [B, 3, S, S] → the tokens [B, N, C] at the end of each stage, in the layout of its last block."""
         patches = self.patch_embed(pixel_values)
         layout = Layout(*patches.shape[1:3])
         home = self._home(next(iter(self.blocks)), layout)
@@ -150,8 +161,8 @@ class EngineHiera(nn.Module):
             tokens, layout = self._block(block, moved(tokens, layout, home), home)
             tokens = self._mark(tokens, index)
             if index in self._stage_ends:
-                ends.append(join(tokens, layout).reshape(-1, layout.height, layout.width, tokens.shape[-1]))
-        return Sam2HieraDetModelOutput(last_hidden_state=ends[-1], intermediate_hidden_states=tuple(ends))
+                ends.append((tokens, layout))
+        return ends
 
     def _home(self, block: Sam2MultiScaleBlock, layout: Layout) -> Layout:
         """The layout in which a block takes its tokens."""
@@ -172,7 +183,7 @@ class EngineHiera(nn.Module):
         attended = _attend(block.attn, moved(normed, home, windows), windows)
         if stride:
             home, windows = home.pooled(stride), windows.pooled(stride)
-        tokens = residual + moved(attended, windows, home)
+        tokens = residual + block.attn.proj(moved(attended, windows, home))
         return tokens + block.mlp(block.layer_norm2(tokens)), home
 
 
@@ -182,7 +193,7 @@ def _stride(configured: Any) -> Stride | None:
 
 
 def _attend(attention: Sam2MultiScaleAttention, tokens: Tensor, layout: Layout) -> Tensor:
-    """`Sam2MultiScaleAttention.forward` within each block of the layout: [B, N, C] → [B, N', C']."""
+    """`Sam2MultiScaleAttention.forward` within each block of the layout, but for `proj`: [B, N, C] → [B, N', C']."""
     batch, width, stride = tokens.shape[0], attention.dim_out, _stride(attention.query_stride)
     heads, blocks = attention.num_attention_heads, batch * layout.blocks[0]
     query, key, value = attention.qkv(tokens).split(width, dim=-1)
@@ -194,5 +205,5 @@ def _attend(attention: Sam2MultiScaleAttention, tokens: Tensor, layout: Layout) 
         part.reshape(blocks, -1, heads, width // heads).transpose(1, 2) for part in (query, key, value)
     )
     weights = (query @ key.transpose(2, 3)).softmax(dim=-1)
-    attended: Tensor = attention.proj((weights @ value).transpose(1, 2).reshape(batch, count, width))
+    attended: Tensor = (weights @ value).transpose(1, 2).reshape(batch, count, width)
     return attended

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from samq.export.attention import Attention, reshape_to, sides_of
 from samq.export.columns import QUANTIZERS, Columns, is_projection
-from samq.export.graph import add_initializer, constant_of, producer, remove_unused
+from samq.export.graph import constant_of, remove_unused
 
 Width = Callable[[int, int], int]
 
@@ -33,57 +34,44 @@ def pad_heads(model: ir.Model, width: Width) -> tuple[str, ...]:
     """
     widened = []
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        attention = _Attention.of(softmax)
-        if attention is None:
+        attention = Attention.of(softmax)
+        heads = None if attention is None else _Heads.of(attention)
+        if attention is None or heads is None:
             continue
-        wanted = width(attention.width, attention.keys)
-        if wanted > attention.width:
-            attention.widen(model.graph, wanted)
+        wanted = width(heads.width, attention.keys)
+        if wanted > heads.width:
+            heads.widen(model.graph, wanted)
             widened.append(str(softmax.name))
     remove_unused(model)
     return tuple(widened)
 
 
 @dataclass(frozen=True)
-class _Attention:
-    """The parts of one attention.
+class _Heads:
+    """The heads of one attention.
 
     Args:
-        heads, width, keys: how many heads, how wide, and over how many keys they attend.
-        inputs: the Reshape [B, N, heads · width] → [b, n, heads, width] of queries, keys and values.
-        product: the MatMul with the values.
-        joined: the Reshape back behind it.
-        layers: the nodes whose second input has a row for each column of `joined`.
+        heads, width: how many, and how wide.
+        attention: whose they are.
+        layers: the nodes whose second input has a row for each column of what the attention joins.
     """
 
     heads: int
     width: int
-    keys: int
-    inputs: tuple[ir.Node, ...]
-    product: ir.Node
-    joined: ir.Node
+    attention: Attention
     layers: tuple[ir.Node, ...]
 
     @staticmethod
-    def of(softmax: ir.Node) -> _Attention | None:
-        """What belongs to a Softmax, or None where it does not look like that."""
-        scores, product = producer(softmax.inputs[0], "MatMul"), _only_reader(softmax.outputs[0], "MatMul")
-        if scores is None or product is None or product.inputs[0] is not softmax.outputs[0]:
-            return None
-        inputs = tuple(_split_heads(value) for value in (*scores.inputs, product.inputs[1]))
-        moved = _only_reader(product.outputs[0], "Transpose")
-        joined = None if moved is None else _only_reader(moved.outputs[0], "Reshape")
-        if joined is None or any(node is None for node in inputs):
-            return None
-        reshapes = tuple(node for node in inputs if node is not None)
-        shapes = {_sides(node.outputs[0])[2:] for node in reshapes}
-        layers = _layers_behind(joined.outputs[0])
+    def of(attention: Attention) -> _Heads | None:
+        """The heads, or None where queries, keys or values are more than a projection."""
+        shapes = {sides_of(node.outputs[0])[2:] for node in attention.splits}
+        layers = _layers_behind(attention.joined.outputs[0])
         if len(shapes) != 1 or not layers:
             return None
         heads, width = shapes.pop()
-        if not all(is_projection(v, heads * width) for node in reshapes if (v := node.inputs[0]) is not None):
+        if not all(is_projection(v, heads * width) for node in attention.splits if (v := node.inputs[0]) is not None):
             return None
-        return _Attention(heads, width, _sides(reshapes[1].outputs[0])[1], reshapes, product, joined, layers)
+        return _Heads(heads, width, attention, layers)
 
     def widen(self, graph: ir.Graph, wanted: int) -> None:
         """Rewrite the graph for heads of this width."""
@@ -95,40 +83,20 @@ class _Attention:
             sides = [(0, 0)] * (heads.ndim - 1) + [(0, padding)]
             return np.pad(heads, sides, constant_values=fill).reshape(*array.shape[:-1], whole)
 
-        for node in self.inputs:
+        for node in self.attention.splits:
             source = node.inputs[0]
             assert source is not None
             node.replace_input_with(0, Columns(graph, node, f"heads_{wanted}", whole, take).of(source))
-            _reshape_to(graph, node, (*_sides(node.outputs[0])[:2], self.heads, wanted))
+            reshape_to(graph, node, (*sides_of(node.outputs[0])[:2], self.heads, wanted))
             _widen(node.outputs[0], self.width, wanted)
-        _widen(self.product.outputs[0], self.width, wanted)
-        _reshape_to(graph, self.joined, (*_sides(self.joined.outputs[0])[:-1], whole))
-        _widen(self.joined.outputs[0], self.heads * self.width, whole)
+        product, joined = self.attention.product, self.attention.joined
+        _widen(product.outputs[0], self.width, wanted)
+        reshape_to(graph, joined, (*sides_of(joined.outputs[0])[:-1], whole))
+        _widen(joined.outputs[0], self.heads * self.width, whole)
         for layer in self.layers:
             weight = layer.inputs[1]
             assert weight is not None
             _pad_rows(graph, weight, lambda rows: take(rows.T, 0.0).T)
-
-
-def _only_reader(value: ir.Value, op: str) -> ir.Node | None:
-    """The node of type `op` that alone reads a value."""
-    readers = value.consumers()
-    return readers[0] if len(readers) == 1 and readers[0].op_type == op and not value.is_graph_output() else None
-
-
-def _split_heads(value: ir.Value | None) -> ir.Node | None:
-    """The Reshape to [b, n, heads, width] in front of a Transpose."""
-    moved = producer(value, "Transpose")
-    node = None if moved is None else producer(moved.inputs[0], "Reshape")
-    if node is None or len(_sides(node.outputs[0])) != 4 or len(node.outputs[0].consumers()) != 1:
-        return None
-    return node if _only_reader(moved.outputs[0], "MatMul") is not None else None  # type: ignore[union-attr]
-
-
-def _sides(value: ir.Value) -> tuple[int, ...]:
-    """Static sides of a value; none where one is dynamic."""
-    sides = () if value.shape is None else tuple(value.shape)
-    return tuple(s for s in sides if isinstance(s, int)) if all(isinstance(s, int) for s in sides) else ()
 
 
 def _layers_behind(value: ir.Value) -> tuple[ir.Node, ...]:
@@ -157,14 +125,9 @@ def _rows(value: ir.Value | None) -> int | None:
     return None if node is None or node.op_type not in QUANTIZERS or blocked else _rows(node.inputs[0])
 
 
-def _reshape_to(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
-    name = f"{node.name}/sides_" + "x".join(map(str, shape))
-    node.replace_input_with(1, add_initializer(graph, name, np.array(shape, np.int64)))
-
-
 def _widen(value: ir.Value, before: int, after: int) -> None:
     """Give the new width to the shape of a value and of all that is moved or quantized from it."""
-    shape = _sides(value)
+    shape = sides_of(value)
     value.shape = ir.Shape(
         [after if side == before and index == len(shape) - 1 else side for index, side in enumerate(shape)]
     )

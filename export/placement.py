@@ -2,15 +2,21 @@
 
 A placement is a YAML file that `samq-export place` measures, and that can be read, edited, reused and committed:
 
-    gpu: NVIDIA H100 80GB HBM3          # where it was measured; neither is needed
+    gpu: NVIDIA H100 80GB HBM3          # where it was measured; only `layers` is needed
     tensorrt: 8.6.0
     layers:                             # the first pattern that a layer's name matches decides, * for anything
       vision_encoder.backbone.blocks.12.*: fp16
       "*": int8
+    blocks:                             # what was measured
+      vision_encoder.backbone.blocks.12:
+        fp16: {milliseconds: 0.341, spread: 0.001}
+        int8: {milliseconds: 0.784, spread: 0.002}
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +28,24 @@ from samq.files import write_text
 from samq.quant.config_file import load_yaml
 
 Form = Literal["fp16", "int8", "branch", "fold"]
+MOST_EXACT_FIRST: tuple[Form, ...] = ("fp16", "branch", "int8", "fold")
+SHORTEST = 1e-4  # milliseconds; below that, differences are none
+
+
+class Figure(BaseModel):
+    """One block in one form, built and run alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    milliseconds: Annotated[float | None, Field(description="median of the runs; null where it is not built")] = None
+    spread: Annotated[float, Field(description="interquartile range of the runs, in milliseconds")] = 0.0
+    error: Annotated[float | None, Field(description="of the graph's output y: ‖y − float y‖ / ‖float y‖")] = None
+    refused: Annotated[str, Field(description="why the form is out of the question, or empty")] = ""
+    structure: Annotated[str, Field(description="digest of graph and builder options that the time holds for")] = ""
+
+
+Figures = dict[str, dict[Form, Figure]]
+"""Block → form → what was measured."""
 
 
 class Placement(BaseModel):
@@ -35,9 +59,7 @@ class Placement(BaseModel):
         dict[str, Form],
         Field(description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch or fold"),
     ] = {}
-    milliseconds: Annotated[
-        dict[str, dict[Form, float]], Field(description="block → form → median of its runs alone")
-    ] = {}
+    blocks: Annotated[Figures, Field(description="block → form → what was measured")] = {}
 
     def form(self, layer: str) -> Form:
         """The form of a layer; int8 where no pattern matches."""
@@ -45,7 +67,8 @@ class Placement(BaseModel):
 
     def save(self, path: Path) -> Path:
         """Write the file; `load_placement` reads it back equal."""
-        write_text(path, yaml.safe_dump(self.model_dump(), sort_keys=False))
+        content = self.model_dump(exclude_defaults=True)
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
         return path
 
 
@@ -62,17 +85,74 @@ def load_placement(path: Path) -> Placement:
     return load_yaml(path, Placement)
 
 
-def fastest(milliseconds: dict[str, dict[Form, float]], gpu: str, tensorrt: str) -> Placement:
-    """For each block the form that took least, of those that could be built.
+def fastest(blocks: Figures, gpu: str, tensorrt: str, budget: float = 0.0) -> Placement:
+    """For each block the form that is faster than the more exact ones by more than the spread; FP16 for all others.
+
+    With a budget, time is then spent where it removes most error: of all changes to a more exact form, the one that
+    removes most squared error a millisecond goes first, as long as it fits.
 
     Args:
-        milliseconds: block → form → median of its runs.
+        blocks: what was measured.
+        budget: time over that of the fastest forms, as a share of it.
     """
-    layers: dict[str, Form] = {}
-    for block, times in milliseconds.items():
-        if times:
-            layers[f"{block}.*"] = min(times, key=times.__getitem__)
-    return Placement(gpu=gpu, tensorrt=tensorrt, layers=layers, milliseconds=milliseconds)
+    candidates = {block: _candidates(forms) for block, forms in blocks.items()}
+    chosen = {block: _fastest(forms) for block, forms in candidates.items() if forms}
+    left = budget * sum(_time(candidates[block][form]) for block, form in chosen.items())
+    while changes := [
+        change
+        for block, form in chosen.items()
+        for change in _changes(block, candidates[block], form)
+        if change.milliseconds <= left
+    ]:
+        best = max(changes, key=lambda change: change.error_removed / change.milliseconds)
+        chosen[best.block] = best.form
+        left -= best.milliseconds
+    layers: dict[str, Form] = {f"{block}.*": form for block, form in chosen.items() if form != "fp16"}
+    return Placement(gpu=gpu, tensorrt=tensorrt, layers=layers | _all_others(blocks), blocks=blocks)
+
+
+def _all_others(blocks: Figures) -> dict[str, Form]:
+    return {f"{block.rpartition('.')[0]}.*": "fp16" for block in blocks}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One block in a slower and more exact form."""
+
+    block: str
+    form: Form
+    milliseconds: float
+    error_removed: float
+
+
+def _changes(block: str, forms: dict[Form, Figure], chosen: Form) -> Iterator[_Change]:
+    now = forms[chosen]
+    for form, figure in forms.items():
+        if figure.error is not None and now.error is not None and figure.error < now.error:
+            milliseconds = max(_time(figure) - _time(now), SHORTEST)
+            yield _Change(block, form, milliseconds, now.error**2 - figure.error**2)
+
+
+def _candidates(forms: dict[Form, Figure]) -> dict[Form, Figure]:
+    """Forms that can be built and compute what they should, from the most exact one to the least."""
+    return {
+        form: forms[form]
+        for form in MOST_EXACT_FIRST
+        if form in forms and forms[form].milliseconds is not None and not forms[form].refused
+    }
+
+
+def _fastest(forms: dict[Form, Figure]) -> Form:
+    best, *others = forms
+    for form in others:
+        if _time(forms[form]) + max(forms[form].spread, forms[best].spread) < _time(forms[best]):
+            best = form
+    return best
+
+
+def _time(figure: Figure) -> float:
+    assert figure.milliseconds is not None
+    return figure.milliseconds
 
 
 def shipped_for(gpu: str, tensorrt: str) -> Placement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -34,13 +35,25 @@ def cut_blocks(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
         before = [tokens]
 
 
-def structure(model: ir.Model) -> tuple[object, ...]:
-    """Equal for graphs that differ in nothing but weights and names: operators, attributes, types and shapes."""
-    return tuple(
-        (
-            node.op_type,
-            tuple(sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())),
-            tuple(None if v is None else (str(v.dtype), str(v.shape)) for v in node.inputs),
-        )
-        for node in model.graph
-    )
+def structure(model: ir.Model) -> str:
+    """Digest of a graph without its weights and names: operators, attributes, wiring, types, shapes and whole numbers.
+
+    Graphs of one structure take the same time, for kernels depend on no numbers but whole ones: shapes, axes, paddings.
+    """
+    numbers: dict[ir.Value | None, object] = {value: index for index, value in enumerate(model.graph.inputs)}
+    digest = hashlib.sha256()
+    for node in model.graph:
+        attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
+        inputs = [(numbers.get(value), _signature(value)) for value in node.inputs]
+        digest.update(repr((node.op_type, attributes, inputs, [_signature(value) for value in node.outputs])).encode())
+        numbers.update({value: len(numbers) + index for index, value in enumerate(node.outputs)})
+    return digest.hexdigest()
+
+
+def _signature(value: ir.Value | None) -> object:
+    """Type and shape; of a constant of whole numbers its content too."""
+    if value is None:
+        return None
+    constant = value.const_value
+    whole = constant is not None and constant.dtype == ir.DataType.INT64
+    return str(value.dtype), str(value.shape), constant.numpy().tobytes() if constant is not None and whole else b""

@@ -5,6 +5,7 @@
 | Clip of integers                                 | Max → Min                                      | all              |
 | Cast(bool → int64) → ReduceSum → Cast(→ float)   | Cast(bool → float) → ReduceSum, exact to 2²⁴   | no integer sums  |
 | Slice to 2⁶³ − 1, which says "to the end"        | to 2³¹ − 1                                     | 32-bit integers  |
+| Shape of some sides (its `start`, `end`)         | Shape → Slice; 8.6 reads neither attribute     | all              |
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def fit_operators(graph: ir.Graph, target: TensorRtTarget) -> None:
             _clip_as_max_min(graph, node)
         elif node.op_type == "ReduceSum" and not target.integer_sums:
             _sum_truth_as_float(graph, node)
+        elif node.op_type == "Shape":
+            _slice_behind(graph, node)
         elif node.op_type == "Slice" and target.widest_integer == ir.DataType.INT32:
             _short_ends(graph, node)
 
@@ -65,3 +68,27 @@ def _short_ends(graph: ir.Graph, node: ir.Node) -> None:
         node.replace_input_with(
             2, add_initializer(graph, f"{node.name}/ends", np.clip(ends, limits.min, limits.max).astype(np.int64))
         )
+
+
+def _slice_behind(graph: ir.Graph, shape: ir.Node) -> None:
+    part = shape.outputs[0]
+    bounds = [shape.attributes.pop(name, None) for name in ("start", "end")]
+    assert shape.inputs[0] is not None
+    assert shape.inputs[0].shape is not None
+    rank = len(shape.inputs[0].shape)
+    start, end, _ = slice(*(None if bound is None else bound.as_int() for bound in bounds)).indices(rank)
+    if (start, end) == (0, rank):
+        return
+    whole = ir.node("Shape", [shape.inputs[0]], name=f"{shape.name}/whole")
+    whole.outputs[0].name, whole.outputs[0].type = f"{shape.name}/whole_out", part.type
+    whole.outputs[0].shape = ir.Shape([rank])
+    limits = [
+        add_initializer(graph, f"{shape.name}/{name}", np.array([number]))
+        for name, number in (("start", start), ("end", end))
+    ]
+    node = ir.node("Slice", [whole.outputs[0], *limits], name=f"{shape.name}/part")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{shape.name}/part_out", part.type, part.shape
+    for written in (whole, node):
+        graph.insert_before(shape, written)
+    replace_value(graph, part, node.outputs[0])
+    graph.remove(shape, safe=True)

@@ -1,11 +1,12 @@
 """Rewrites for TensorRT's fusing compiler, each exact, each a choice of its own so that its gain can be measured.
 
-| name         | graph                              | becomes                                                      |
-|--------------|------------------------------------|--------------------------------------------------------------|
-| `split_qkv`  | Split of one GEMM's columns        | a GEMM for each part (`samq.export.split_projections`)       |
-| `wide_heads` | heads of an odd width, many keys   | heads filled to a multiple of 16 (`samq.export.pad_heads`)   |
-| `pair_max`   | ReduceMax over axes of side 2      | Max of the two halves, elementwise: max{a, b} = Max(a, b)    |
-| `concat_pad` | Pad with zeros behind the last one | Concat with zeros, which does not part the regions around it |
+| name            | graph                              | becomes                                                      |
+|-----------------|------------------------------------|--------------------------------------------------------------|
+| `split_qkv`     | Split of one GEMM's columns        | a GEMM for each part (`samq.export.split_projections`)       |
+| `wide_heads`    | heads of an odd width, many keys   | heads filled to a multiple of 16 (`samq.export.pad_heads`)   |
+| `merge_windows` | attention in windows of few tokens | several windows at a time (`samq.export.merge_windows`)      |
+| `pair_max`      | ReduceMax over axes of side 2      | Max of the two halves, elementwise: max{a, b} = Max(a, b)    |
+| `concat_pad`    | Pad with zeros behind the last one | Concat with zeros, which does not part the regions around it |
 
 `docs/tensorrt.md` has what each gained.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from samq.export.graph import Writer, constant_of, int_attribute, remove_unused, replace_value
+from samq.export.merge_windows import merge_windows
 from samq.export.pad_heads import pad_heads
 from samq.export.split_projections import split_projections
 
@@ -68,6 +70,7 @@ def head_width(width: int, keys: int) -> int:
 REWRITES: Mapping[str, Callable[[ir.Model], int]] = {
     "split_qkv": _split_qkv,
     "wide_heads": _wide_heads,
+    "merge_windows": merge_windows,
     "pair_max": pair_max,
     "concat_pad": concat_pad,
 }

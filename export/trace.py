@@ -1,8 +1,9 @@
 """One trace of a part: an ONNX skeleton in which each linear layer is a single `samq.Linear` node without weights.
 
 The skeleton is traced once; `samq.export.linear` then fills the same nodes with float or quantized weights. The tokens
-behind each block of the backbone pass through a `samq.Boundary`. Constant folding is kept small, so that tables that
-are cheap to compute (the bicubic position embedding) stay computed instead of stored.
+behind each block of the backbone pass through a `samq.Boundary`. Backbone and prompt encoder are traced in forms of
+our own, and shapes are settled as far as they are known. Constant folding is kept small, so that tables that are cheap
+to compute (the bicubic position embedding) stay computed instead of stored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from samq.calib.parts import (
     ImageEncoder,
     MaskDecoder,
 )
+from samq.export.encoder import EngineEncoder
 from samq.export.hiera import EngineHiera
+from samq.export.prompts import for_engines
+from samq.export.settle_shapes import settle_shapes
 from samq.quant.layers import QuantizedLinear, replace_module
 
 if TYPE_CHECKING:
@@ -45,11 +49,16 @@ LARGEST_FOLDED_CONSTANT = 4096  # elements
 
 @dataclass(frozen=True)
 class StaticShape:
-    """Fixed sizes for an engine that wants them: images, prompts an image, points a prompt."""
+    """Fixed sizes for an engine that wants them: images, prompts an image, points a prompt; None for any number."""
 
-    batch: int = 1
-    prompts: int = 1
-    points: int = 2
+    batch: int | None = 1
+    prompts: int | None = 1
+    points: int | None = 2
+
+
+ANY_SHAPE = StaticShape(None, None, None)
+ANY_PROMPTS = StaticShape(1, None, None)  # one image, with as many prompts of as many points as there are
+_TRACED_WITH = {"batch": 2, "prompts": 3, "points": 4}  # where any number is to be taken: different, and above 1
 
 
 class _Site(nn.Module):
@@ -84,19 +93,18 @@ def _boundary(tokens: Tensor, block: int) -> Tensor:
     return marked
 
 
-def trace(model: Sam2Model, part: str, static: StaticShape | None = None) -> ir.Model:
+def trace(model: Sam2Model, part: str, static: StaticShape = ANY_SHAPE) -> ir.Model:
     """Trace one part of a `Sam2Model`.
 
     Args:
         model: float or quantized, in eval mode; not changed. Only its float tensors outside linear layers are used.
         part: "image_encoder" or "mask_decoder".
-        static: fixed sizes, or None for a dynamic number of images, prompts and points.
+        static: which numbers of images, prompts and points are fixed.
 
     Returns:
         opset-21 model; its initializers are called like the model's parameters where they are parameters.
     """
-    module, inputs, outputs = _prepare(model, part, static or StaticShape(batch=2, prompts=3, points=4))
-    dynamic = None if static is not None else _dynamic_dimensions(part)
+    module, inputs, outputs = _prepare(model, part, static)
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -105,7 +113,7 @@ def trace(model: Sam2Model, part: str, static: StaticShape | None = None) -> ir.
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=dynamic,
+            dynamic_shapes=_dynamic_dimensions(part, static),
             optimize=False,
             verbose=False,
         )
@@ -118,7 +126,7 @@ def trace(model: Sam2Model, part: str, static: StaticShape | None = None) -> ir.
                 input_size_limit=LARGEST_FOLDED_CONSTANT,
                 output_size_limit=LARGEST_FOLDED_CONSTANT,
             )
-    return traced
+    return settle_shapes(traced)
 
 
 def set_parameters(skeleton: ir.Model, model: nn.Module) -> ir.Model:
@@ -139,31 +147,32 @@ def set_parameters(skeleton: ir.Model, model: nn.Module) -> ir.Model:
     return filled
 
 
-def _prepare(model: Sam2Model, part: str, sizes: StaticShape) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
+def _prepare(model: Sam2Model, part: str, static: StaticShape) -> tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]:
     shell = _shell_of(model)
+    batch, prompts, points = (getattr(static, side) or size for side, size in _TRACED_WITH.items())
     config: Any = model.config
     size = config.prompt_encoder_config.image_size
     if part == IMAGE_ENCODER:
-        pixels = torch.zeros(sizes.batch, 3, size, size)
-        return ImageEncoder(shell).eval(), dict(zip(ENCODER_INPUTS, (pixels,), strict=True)), ENCODER_OUTPUTS
+        pixels = torch.zeros(batch, 3, size, size)
+        encoder = EngineEncoder(shell) if EngineEncoder.takes(shell) else ImageEncoder(shell)
+        return encoder.eval(), dict(zip(ENCODER_INPUTS, (pixels,), strict=True)), ENCODER_OUTPUTS
     with torch.no_grad():
         features = [
-            torch.zeros(sizes.batch, channels, *shape)
+            torch.zeros(batch, channels, *shape)
             for channels, shape in zip(
                 feature_channels(config), config.vision_config.backbone_feature_sizes, strict=True
             )
         ]
     fine, middle, coarse = features
     side = shell.prompt_encoder.mask_input_size
-    prompts = (sizes.batch, sizes.prompts)
     values = (
         coarse,
         fine,
         middle,
-        torch.rand(*prompts, sizes.points, 2) * size,
-        torch.ones(*prompts, sizes.points, dtype=torch.int64),
-        torch.zeros(*prompts, 1, *side),
-        torch.zeros(prompts),
+        torch.rand(batch, prompts, points, 2) * size,
+        torch.ones(batch, prompts, points, dtype=torch.int64),
+        torch.zeros(batch, prompts, 1, *side),
+        torch.zeros(batch, prompts),
     )
     return MaskDecoder(shell).eval(), dict(zip(DECODER_INPUTS, values, strict=True)), DECODER_OUTPUTS
 
@@ -175,29 +184,25 @@ def feature_channels(config: Any) -> tuple[int, int, int]:
 
 
 def _shell_of(model: Sam2Model) -> Sam2Model:
-    """A copy of the model, its linear layers replaced by sites, its backbone in an engine's form, weights shared."""
+    """A copy of the model, its linear layers replaced by sites, parts of it in an engine's form, weights shared."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, memo)
     shell.vision_encoder.backbone = EngineHiera(shell.vision_encoder.backbone, mark=_boundary)
+    shell.prompt_encoder = for_engines(shell.prompt_encoder)
     for name, module in list(shell.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinear):
             replace_module(shell, name, _Site(name, module))
     return shell
 
 
-def _dynamic_dimensions(part: str) -> dict[str, dict[int, Any]]:
-    batch = torch.export.Dim("batch")
-    if part == IMAGE_ENCODER:
-        return {name: {0: batch} for name in ENCODER_INPUTS}
-    prompts, points = torch.export.Dim("prompts"), torch.export.Dim("points")
-    of_prompts: dict[int, Any] = {0: batch, 1: prompts}
-    return {
-        **{name: {0: batch} for name in ENCODER_OUTPUTS},
-        "point_coords": {**of_prompts, 2: points},
-        "point_labels": {**of_prompts, 2: points},
-        "mask_input": of_prompts,
-        "has_mask_input": of_prompts,
-    }
+def _dynamic_dimensions(part: str, static: StaticShape) -> dict[str, dict[int, Any]]:
+    """By input, the number of each side that is not fixed, and its name."""
+    sides = dict(enumerate(_TRACED_WITH))
+    free = {number: torch.export.Dim(name) for number, name in sides.items() if getattr(static, name) is None}
+    ranks = dict.fromkeys(ENCODER_INPUTS if part == IMAGE_ENCODER else ENCODER_OUTPUTS, 1)
+    if part != IMAGE_ENCODER:
+        ranks |= {"point_coords": 3, "point_labels": 3, "mask_input": 2, "has_mask_input": 2}
+    return {name: {number: side for number, side in free.items() if number < rank} for name, rank in ranks.items()}
 
 
 def _tidy(traced: ir.Model, part: str) -> None:

@@ -1,7 +1,8 @@
-"""Canonical forms of the small model with the static shapes that engines like best, and inputs for them."""
+"""Canonical forms of the small model with the shapes that TensorRT gets, static but for prompts; inputs for them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from small_model import IMAGE_SIZE, pixels, recipe_of
 
 from samq.export.parts import float_part, quantized_part
-from samq.export.trace import StaticShape, trace
+from samq.export.trace import ANY_PROMPTS, StaticShape, trace
 
 SIZES = {"batch": 1, "prompts": 2, "points": 3}  # of dynamic sides
 HALF_ERROR = 3e-3  # relative; a few dozen FP16 layers
@@ -20,26 +21,26 @@ FLIPPED_CODES = 4e-2  # INT8 codes that flip when their input moves by the last 
 
 
 @cache
-def static_skeleton(part: str) -> ir.Model:
-    """The trace of one part for one image, one prompt and two points; not to be changed."""
-    return trace(float_model(), part, StaticShape())
+def static_skeleton(part: str, shapes: StaticShape = ANY_PROMPTS) -> ir.Model:
+    """The trace of one part for one image, or other shapes; not to be changed."""
+    return trace(float_model(), part, shapes)
 
 
-def static_form(name: str, part: str, **changes: Any) -> ir.Model:
+def static_form(name: str, part: str, shapes: StaticShape = ANY_PROMPTS, **changes: Any) -> ir.Model:
     """The float part ("float"), that with FP16 weights ("half"), or the canonical form of a preset with changes."""
     if name in ("float", "half"):
-        return float_part(static_skeleton(part), float_model(), half=name == "half")
+        return float_part(static_skeleton(part, shapes), float_model(), half=name == "half")
     result = quantized(recipe_of(name, **changes))
-    return quantized_part(static_skeleton(part), result.model, result.codes)
+    return quantized_part(static_skeleton(part, shapes), result.model, result.codes)
 
 
-def feeds(model: ir.Model) -> dict[str, NDArray[Any]]:
+def feeds(model: ir.Model, sizes: Mapping[str, int] = SIZES) -> dict[str, NDArray[Any]]:
     """Random inputs of one part: an image, or prompts with a mask."""
     random = np.random.default_rng(0)
     found: dict[str, NDArray[Any]] = {}
     for value in model.graph.inputs:
         name = str(value.name)
-        shape = [side if isinstance(side, int) else SIZES[str(side)] for side in value.shape or ()]
+        shape = [side if isinstance(side, int) else sizes[str(side)] for side in value.shape or ()]
         if value.dtype == ir.DataType.INT64:
             found[name] = np.ones(shape, np.int64)
         elif name == "point_coords":

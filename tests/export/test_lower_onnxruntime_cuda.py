@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ from torch import nn
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, ImageEncoder
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.export.linear import fill_sites
-from samq.export.lower_onnxruntime_cuda import Lowered, lower_for_onnxruntime_cuda, separate_parts
+from samq.export.lower_onnxruntime_cuda import Lowered, Weights, lower_for_onnxruntime_cuda, separate_parts
 from samq.export.parts import float_part, save_part
 from samq.quant.config import Recipe, preset_names
 from samq.quant.layers import LayerCodes
@@ -36,10 +37,10 @@ from samq.quant.layers import LayerCodes
 FP16 = 2e-3  # a few roundings to 11 bits
 
 
-def answer_of(layer: LayerCodes | nn.Linear, folder: Path, *, packed: bool = True) -> NDArray[np.float32]:
+def answer_of(layer: LayerCodes | nn.Linear, folder: Path, weights: Weights = "packed") -> NDArray[np.float32]:
     """What the lowered form of one layer answers to `tokens`."""
     path = folder / "lowered.onnx"
-    model = lower_for_onnxruntime_cuda(filled(layer), packed=packed).model
+    model = lower_for_onnxruntime_cuda(filled(layer), weights=weights).model
     save_part(model, path)
     width = model.graph.inputs[0].shape
     assert width is not None
@@ -52,11 +53,11 @@ def without_grid(layer: LayerCodes) -> LayerCodes:
     return LayerCodes(layer.weight, None, layer.branch, layer.bias)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("weights", get_args(Weights))
 @pytest.mark.parametrize(("bits", "signed", "group"), WEIGHTS_ONLY)
-def test_a_weights_only_layer(bits: int, signed: bool, group: int, packed: bool, tmp_path: Path) -> None:
+def test_a_weights_only_layer(bits: int, signed: bool, group: int, weights: Weights, tmp_path: Path) -> None:
     layer = codes(bits, signed, group)
-    found = answer_of(layer, tmp_path, packed=packed)
+    found = answer_of(layer, tmp_path, weights)
     assert found.dtype == np.float32
     assert largest_error(found, simulated(layer, tokens())) < FP16
 
@@ -69,18 +70,32 @@ def test_a_layer_with_int8_inputs_keeps_its_weights(
     assert largest_error(answer_of(layer, tmp_path), simulated(without_grid(layer), tokens())) < FP16
 
 
+@pytest.mark.parametrize("weights", ["packed", "dequantized at load"])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_bias_and_branch_survive(rank: int, bias: bool, tmp_path: Path) -> None:
+def test_bias_and_branch_survive(rank: int, bias: bool, weights: Weights, tmp_path: Path) -> None:
     layer = codes(4, True, 16, STATIC_S8, rank=rank, bias=bias)
-    assert largest_error(answer_of(layer, tmp_path), simulated(without_grid(layer), tokens())) < FP16
+    assert largest_error(answer_of(layer, tmp_path, weights), simulated(without_grid(layer), tokens())) < FP16
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_bias_goes_into_the_gemm(signed: bool, rank: int, tmp_path: Path) -> None:
+    layer = codes(4, signed, 16, rank=rank, bias=True)
+    lowered = lower_for_onnxruntime_cuda(filled(layer), bias_in_gemm=True)
+    save_part(lowered.model, tmp_path / "lowered.onnx")
+    assert [(done.name, done.count) for done in lowered.rewrites][-1] == ("draw_bias_into_gemm", 1)
+    assert [node.op_type for node in lowered.model.graph].count("Add") == bool(rank)
+    found = OnnxRuntimeEngine(tmp_path / "lowered.onnx").run({"x": tokens()})["y"]
+    assert largest_error(found, simulated(layer, tokens())) < FP16
+
+
+@pytest.mark.parametrize("weights", ["packed", "dequantized at load"])
 @pytest.mark.parametrize("width", [16, 33, 100, 112, 200])
 @pytest.mark.parametrize("signed", [True, False])
-def test_inputs_that_no_block_divides(width: int, signed: bool, tmp_path: Path) -> None:
+def test_inputs_that_no_block_divides(width: int, signed: bool, weights: Weights, tmp_path: Path) -> None:
     layer = codes(4, signed, min(64, width), sizes=(width, 20))
-    assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens(width))) < FP16
+    assert largest_error(answer_of(layer, tmp_path, weights), simulated(layer, tokens(width))) < FP16
 
 
 @pytest.mark.parametrize(
@@ -140,16 +155,26 @@ def test_the_weights_are_the_simulations_bit_for_bit(name: str) -> None:
         np.testing.assert_array_equal(weight, expected[layer].weight.dequantize().T.numpy())
 
 
-def saved_encoder(model: ir.Model, folder: Path, **options: bool) -> tuple[OnnxRuntimeEngine, Lowered]:
+def saved_encoder(model: ir.Model, folder: Path, **options: Any) -> tuple[OnnxRuntimeEngine, Lowered]:
     lowered = lower_for_onnxruntime_cuda(model, **options)
     save_part(lowered.model, folder / "lowered.onnx")
     return OnnxRuntimeEngine(folder / "lowered.onnx"), lowered
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": False}, {"separate": False, "pairs": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": "dequantized"},
+        {"weights": "dequantized at load"},
+        {"separate": False, "pairs": False},
+        {"bias_in_gemm": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("preset", ["int4_w4only_rtn", "int4_svdquant"])
 def test_a_whole_encoder_computes_what_torch_does_with_these_weights(
-    preset: str, options: dict[str, bool], tmp_path: Path
+    preset: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = recipe_of(preset, ipts=None)
     image = pixels(1, seed=3)
@@ -162,7 +187,7 @@ def test_a_whole_encoder_computes_what_torch_does_with_these_weights(
     operators = Counter(node.op_type for node in lowered.model.graph)
     assert operators["MultiHeadAttention"] == 5
     assert operators["Split"] == (12 if options.get("separate", True) else 5)  # of 6 maxima, or of 5 times q, k and v
-    assert (operators["MatMulNBits"] > 0) == options.get("packed", True)
+    assert (operators["MatMulNBits"] > 0) == ("weights" not in options)
 
 
 def test_int8_inputs_do_not_quantize_here(tmp_path: Path) -> None:

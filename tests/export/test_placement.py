@@ -14,7 +14,7 @@ from lowered import FLIPPED_CODES, distance, feeds, static_form
 from samq.calib.parts import IMAGE_ENCODER
 from samq.errors import UsageError
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED, lower_for_tensorrt
-from samq.export.placement import EVERYWHERE, Placement, fastest, load_placement
+from samq.export.placement import EVERYWHERE, Figure, Form, Placement, fastest, load_placement
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 
 BLOCK = "vision_encoder.backbone.blocks"
@@ -28,10 +28,64 @@ def test_the_first_pattern_decides() -> None:
     assert EVERYWHERE.form("anything") == "int8"
 
 
+def figures(**forms: tuple[float, float]) -> dict[Form, Figure]:
+    """Milliseconds and error of each form."""
+    return {form: Figure(milliseconds=taken, error=error) for form, (taken, error) in forms.items()}  # type: ignore[misc]
+
+
 def test_a_file_is_read_back_equal(tmp_path: Path) -> None:
-    placement = fastest({f"{BLOCK}.0": {"fp16": 0.2, "int8": 0.1}, f"{BLOCK}.1": {"fp16": 0.2}}, "H100", "8.6.0")
-    assert placement.layers == {f"{BLOCK}.0.*": "int8", f"{BLOCK}.1.*": "fp16"}
+    failed = Figure(refused="no implementation", structure="a1")
+    blocks = {f"{BLOCK}.0": figures(fp16=(0.2, 0.01), int8=(0.1, 0.02)), f"{BLOCK}.1": {"fp16": failed}}
+    placement = fastest(blocks, "H100", "8.6.0")  # type: ignore[arg-type]
+    assert placement.layers == {f"{BLOCK}.0.*": "int8", f"{BLOCK}.*": "fp16"}
     assert load_placement(placement.save(tmp_path / "placement.yaml")) == placement
+
+
+@pytest.mark.parametrize(
+    ("forms", "wins"),
+    [
+        ({"fp16": (0.20, 0.02), "int8": (0.17, 0.02)}, "int8"),
+        ({"fp16": (0.20, 0.02), "int8": (0.17, 0.04)}, "fp16"),  # within the larger of the spreads
+        ({"fp16": (0.20, 0.04), "int8": (0.17, 0.02)}, "fp16"),
+        ({"fp16": (0.20, 0.00), "branch": (0.15, 0.00), "fold": (0.14, 0.00)}, "fold"),
+        ({"fp16": (0.20, 0.00), "branch": (0.15, 0.02), "fold": (0.14, 0.02)}, "branch"),  # the more exact one
+        ({"fp16": (0.20, 0.00), "branch": (0.25, 0.00), "fold": (0.19, 0.00)}, "fold"),
+        ({"fold": (0.19, 0.00)}, "fold"),
+    ],
+)
+def test_the_faster_form_wins_by_more_than_the_spread(forms: dict[Form, tuple[float, float]], wins: Form) -> None:
+    """Milliseconds and spread of each form."""
+    measured = {form: Figure(milliseconds=taken, spread=spread) for form, (taken, spread) in forms.items()}
+    assert fastest({f"{BLOCK}.0": measured}, "", "").form(f"{BLOCK}.0.mlp") == wins
+
+
+def test_refused_and_failed_forms_do_not_win() -> None:
+    forms: dict[Form, Figure] = {
+        "fp16": Figure(milliseconds=0.2),
+        "branch": Figure(refused="no implementation"),
+        "fold": Figure(milliseconds=0.1, refused="computes something else"),
+    }
+    assert fastest({f"{BLOCK}.0": forms}, "", "").form(f"{BLOCK}.0.mlp") == "fp16"
+
+
+def test_a_budget_goes_where_it_removes_most_error_a_millisecond() -> None:
+    """The branch of block 1 removes most per millisecond, then FP16 in block 2."""
+    blocks = {
+        f"{BLOCK}.0": figures(fp16=(1.0, 0.010), branch=(0.7, 0.020), fold=(0.5, 0.030)),
+        f"{BLOCK}.1": figures(fp16=(1.0, 0.010), branch=(0.6, 0.020), fold=(0.5, 0.100)),
+        f"{BLOCK}.2": figures(fp16=(1.1, 0.010), branch=(1.2, 0.010), fold=(1.0, 0.060)),
+    }
+
+    def forms(budget: float) -> list[Form]:
+        placement = fastest(blocks, "", "", budget)
+        return [placement.form(f"{block}.mlp") for block in blocks]
+
+    assert forms(0.0) == ["fold", "fold", "fold"]
+    assert forms(0.04) == ["fold", "fold", "fold"]
+    assert forms(0.05) == ["fold", "branch", "fold"]
+    assert forms(0.11) == ["fold", "branch", "fp16"]
+    assert forms(0.21) == ["branch", "branch", "fp16"]
+    assert forms(1.00) == ["fp16", "fp16", "fp16"]
 
 
 @pytest.mark.parametrize(

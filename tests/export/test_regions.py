@@ -48,6 +48,29 @@ def test_blocks_of_one_structure_are_known() -> None:
     assert len({structure(graph) for graph in blocks.values()}) == len(blocks)  # the small model has no two alike
 
 
+def test_structure_is_all_but_weights_and_names() -> None:
+    """Wiring and whole numbers count, for they decide what is computed."""
+
+    def graph(weight: float = 1.0, name: str = "w", *, axis: int = 0, swapped: bool = False) -> ir.Model:
+        x = ir.Value(name="x", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+        constants = {name: np.array(weight, np.float32), "axes": np.array([axis], np.int64)}
+        values = [
+            ir.Value(name=key, const_value=ir.Tensor(array), shape=ir.Shape(array.shape),
+                     type=ir.TensorType(ir.DataType.FLOAT if key == name else ir.DataType.INT64))
+            for key, array in constants.items()
+        ]  # fmt: skip
+        total = ir.node("ReduceSum", [x, values[1]], name="sum")
+        operands = [total.outputs[0], x]
+        last = ir.node("Sub", operands[::-1] if swapped else operands, name="sub")
+        scaled = ir.node("Mul", [last.outputs[0], values[0]], name="mul")
+        made = ir.Graph([x], scaled.outputs, nodes=[total, last, scaled], initializers=values, opset_imports={"": 17})
+        return ir.Model(made, ir_version=8)
+
+    assert structure(graph()) == structure(graph(2.0, "v"))
+    digests = {structure(graph()), structure(graph(axis=1)), structure(graph(swapped=True))}
+    assert len(digests) == 3
+
+
 def test_a_part_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="no value is called"):
         next(cut_blocks(float_part(skeleton(MASK_DECODER), float_model(), half=False)))

@@ -79,6 +79,25 @@ def test_pixels_are_counted_in_float32_where_integers_are_not_summed() -> None:
     assert len(untouched.graph) == len(model.graph) + 1
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("bounds", "operators"),
+    [
+        ("", ["Shape"]),
+        ("<start=0, end=3>", ["Shape"]),
+        ("<start=1>", ["Shape", "Slice"]),
+        ("<end=-1>", ["Shape", "Slice"]),
+        ("<start=-2, end=9>", ["Shape", "Slice"]),
+    ],
+)
+def test_some_sides_are_cut_out_of_all(bounds: str, operators: list[str], target: TensorRtTarget) -> None:
+    model = parsed(f"agraph (float[A,B,7] x) => (int64[N] y) {{ y = Shape {bounds} (x) }}")
+    before, after = answers(model, target, np.zeros((2, 5, 7), np.float32))
+    np.testing.assert_array_equal(after, before)
+    assert [node.op_type for node in model.graph] == operators
+    assert not model.graph[0].attributes
+
+
 @pytest.mark.parametrize(("target", "end"), [(TRT8, 2**31 - 1), (TRT10, 2**63 - 1)])
 def test_an_end_beyond_32_bits_is_shortened_where_integers_are(target: TensorRtTarget, end: int) -> None:
     model = parsed(SLICE)

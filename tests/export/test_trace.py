@@ -21,7 +21,7 @@ from samq.calib.parts import (
     MaskDecoder,
 )
 from samq.engines.predictor import Predictor
-from samq.export.trace import OPSET, SITE_OP, set_parameters
+from samq.export.trace import ANY_PROMPTS, OPSET, SITE_OP, StaticShape, set_parameters, trace
 
 TOLERANCE = 1e-4
 BATCHES_AND_PROMPTS = [(1, 1), (1, 5), (2, 1), (3, 2)]
@@ -126,6 +126,22 @@ def test_names_are_the_documented_ones_and_dimensions_dynamic(engines: Predictor
     assert engines.encoder.shapes["pixel_values"] == ["batch", 3, IMAGE_SIZE, IMAGE_SIZE]
     assert engines.decoder.shapes["point_coords"] == ["batch", "prompts", "points", 2]
     assert engines.decoder.shapes["has_mask_input"] == ["batch", "prompts"]
+
+
+@pytest.mark.parametrize("shapes", [StaticShape(), StaticShape(1, 8, None), ANY_PROMPTS], ids=str)
+def test_each_side_is_fixed_or_has_a_name(shapes: StaticShape) -> None:
+    batch, prompts, points = (getattr(shapes, side) or side for side in ("batch", "prompts", "points"))
+    expected = {
+        "point_coords": (batch, prompts, points, 2),
+        "point_labels": (batch, prompts, points),
+        "has_mask_input": (batch, prompts),
+    }
+    graph = trace(float_model(), MASK_DECODER, shapes).graph
+    found = {
+        value.name: tuple(s if isinstance(s, int) else s.value for s in value.shape or ()) for value in graph.inputs
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert {found[name][0] for name in ENCODER_OUTPUTS} == {1}
 
 
 @pytest.mark.parametrize("part", PARTS)
