@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import itertools
 import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,8 @@ _DTYPES = {
     "tensor(bool)": np.bool_,
 }
 _GEMMS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+_CODE_BITS = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
+FUSED = "/MatMulAddFusion"  # what the runtime appends to the name of a MatMul with its bias
 _ARITHMETIC = {"float": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 
@@ -58,6 +61,7 @@ class CudaOptions:
         nhwc: run convolutions channels last.
         attention: kernel of fused attention, "default" for the provider's own order of preference.
         mixed_gemm: multiply packed weights without dequantizing them first, where the layer's shape allows.
+        gemm_bias: let the runtime make one Gemm of a MatMul and its bias, which CUDA runs as two GEMMs (math/gemm.cc).
         tunable: time the provider's tunable operators at the first run and take the fastest variants.
     """
 
@@ -69,6 +73,7 @@ class CudaOptions:
     nhwc: bool = False
     attention: Literal["default", "flash", "efficient", "cudnn", "unfused"] = "default"
     mixed_gemm: bool = False
+    gemm_bias: bool = True
     tunable: bool = False
 
     def for_provider(self, *, cuda_graph: bool) -> dict[str, str]:
@@ -269,8 +274,11 @@ def cuda_session(path: Path, options: CudaOptions, *, cuda_graph: bool, profile:
     if options.mixed_gemm:
         session_options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     providers = [(CUDA, options.for_provider(cuda_graph=cuda_graph)), CPU]
+    left_out = [] if options.gemm_bias else ["MatMulAddFusion"]
     try:
-        session = ort.InferenceSession(str(path), session_options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(
+            str(path), session_options, providers=providers, enable_fallback=0, disabled_optimizers=left_out
+        )
     except Exception as error:  # the binding raises classes of its own, all of them directly below Exception
         raise _refused(path, error) from error
     if CUDA not in session.get_providers():
@@ -291,12 +299,41 @@ def require_cuda() -> None:
         ort.preload_dlls()
     folder = Path(ort.__file__).parent / "capi"
     try:  # ONNX Runtime would keep the reason to itself
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+        for name in ("shared", "cuda"):
+            _load(str(folder / f"libonnxruntime_providers_{name}.so"), set())
     except OSError as error:
         reason = first_line(error)
         fix = "run on a machine with an NVIDIA driver" if "libcuda.so" in reason else INSTALL
         raise MachineLacks(f"ONNX Runtime's CUDA provider does not load ({reason}); {fix}") from error
+
+
+def _load(library: str, tried: set[str]) -> None:
+    """Load a library, and before it those that it lacks and that NVIDIA's wheels have, wherever they are installed.
+
+    Args:
+        tried: names of libraries that were loaded for it.
+
+    Raises:
+        OSError: it does not load.
+    """
+    while True:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            return
+        except OSError as error:
+            lacking = str(error).partition(":")[0]
+            found = None if lacking in tried else _packaged(lacking)
+            if found is None:
+                raise
+            tried.add(lacking)
+            _load(found, tried)
+
+
+def _packaged(library: str) -> str | None:
+    """The file of a library in NVIDIA's wheels; `onnxruntime.preload_dlls` knows those beside itself alone."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
+    return next((str(path) for root in roots for path in Path(root).glob(f"**/lib/{library}")), None)
 
 
 def _refused(path: Path, error: Exception) -> SamqError:
@@ -384,11 +421,13 @@ def executed_by(session: Any, path: Path, provider: str) -> Execution:
     session.run(None, {value.name: _zeros(value) for value in session.get_inputs()})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ran = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    graph = onnx.load(path, load_external_data=False).graph
     attributes = {
         node.name: {attribute.name: attribute.i for attribute in node.attribute}
-        for node in onnx.load(path, load_external_data=False).graph.node
+        for node in graph.node
         if node.op_type == "MatMulNBits"
     }
+    unpacked = _unpacked(graph, {event["name"].removesuffix("_kernel_time") for event in ran})
     layers, elsewhere = {}, []
     for event in ran:
         name, details = event["name"].removesuffix("_kernel_time"), event["args"]
@@ -397,10 +436,38 @@ def executed_by(session: Any, path: Path, provider: str) -> Execution:
             elsewhere.append(f"{name} ({details['op_name']})")
         layer, _, role = name.partition("/")
         if role.startswith("MatMul") and details["op_name"] != "Cast":  # those that the runtime inserts borrow names
-            compute = _compute(details, attributes.get(name, {}))
+            compute = unpacked.get(name.partition(FUSED)[0], "") + _compute(details, attributes.get(name, {}))
             layers[layer] = Executed(compute if on_provider else f"{compute}, on the CPU", details["op_name"])
     operators = Counter(event["args"]["op_name"] for event in ran)
     return Execution(layers, dict(operators), tuple(elsewhere))
+
+
+def _unpacked(graph: onnx.GraphProto, ran: Collection[str]) -> dict[str, str]:
+    """For each MatMul of a weight that the file holds in codes, when those were dequantized.
+
+    Args:
+        ran: names of the nodes that a run executed.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    told = {}
+    for node in graph.node:
+        last = producers.get(node.input[1]) if node.op_type == "MatMul" else None
+        chain = list(_ancestors(last, producers))
+        bits = {_CODE_BITS[types[name]] for link in chain for name in link.input if types.get(name) in _CODE_BITS}
+        if bits:
+            when = "at every run" if any(link.name in ran for link in chain) else "at load"
+            told[node.name] = f"INT{max(bits)} weights, dequantized {when}, "
+    return told
+
+
+def _ancestors(node: onnx.NodeProto | None, producers: Mapping[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """A node and all that it is computed from."""
+    waiting = [] if node is None else [node]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        waiting += [producers[name] for name in current.input if name in producers]
 
 
 def _compute(details: Mapping[str, Any], attributes: Mapping[str, int]) -> str:

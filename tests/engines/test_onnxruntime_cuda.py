@@ -108,6 +108,33 @@ def test_libraries_that_do_not_load_are_told_with_their_fix(
     onnxruntime_cuda.require_cuda.cache_clear()
 
 
+def test_libraries_are_found_in_nvidias_wheels_wherever_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime looks beside itself alone. Here the provider needs cuBLAS, and that cuBLASLt."""
+    needs = {"libonnxruntime_providers_cuda.so": "libcublas.so.13", "libcublas.so.13": "libcublasLt.so.13"}
+    for name in needs.values():
+        file = tmp_path / "nvidia" / "cu13" / "lib" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    loaded: list[str] = []
+
+    def load(path: str, mode: int = 0) -> None:
+        name = Path(path).name
+        if needs.get(name, loaded) not in (loaded, *loaded):
+            raise OSError(f"{needs[name]}: cannot open shared object file: No such file or directory")
+        loaded.append(name)
+
+    onnxruntime_cuda.require_cuda.cache_clear()
+    monkeypatch.syspath_prepend(str(tmp_path))  # type: ignore[no-untyped-call] # pytest's own
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    onnxruntime_cuda.require_cuda()
+    assert loaded[1:] == ["libcublasLt.so.13", "libcublas.so.13", "libonnxruntime_providers_cuda.so"]
+    onnxruntime_cuda.require_cuda.cache_clear()
+
+
 def test_a_session_that_silently_runs_on_the_cpu_is_refused(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_cuda, "require_cuda", lambda: None)
     monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: on_cpu_only)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,22 @@ from samq.calib.sources import Sample
 from samq.engines.lint import lint
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.predictor import Predictor
+from samq.engines.tensorrt_plan import BuildOptions
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.fold import fold_constants
 from samq.export.parts import float_part
+from samq.export.placement import Placement
 from samq.export.tensorrt_targets import TARGETS, TRT8, TensorRtTarget
 from samq.quant.config import load_recipe
 from samq.tools.bench_gpu import cells, graphs, record, runtimes, session, shells
 from samq.tools.bench_gpu.__main__ import main
 from samq.tools.bench_gpu.bench import Bench, Built, Lowered
 from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, expected_seconds, groups, plan
-from samq.tools.bench_gpu.graphs import Graphs
+from samq.tools.bench_gpu.code import digest_of, modules_of
+from samq.tools.bench_gpu.graphs import AtHand, Graphs
 from samq.tools.bench_gpu.masks import compare_masks
 from samq.tools.bench_gpu.record import Record, code_digest, read_record
-from samq.tools.bench_gpu.subject import Subject
+from samq.tools.bench_gpu.subject import Pixels, Subject
 from samq.tools.bench_gpu.table import markdown
 
 RUN = {"command": "bench", "gpu": "A GPU", "TensorRT": "8.6.0"}
@@ -63,7 +67,7 @@ def test_cells_go_by_model_then_batch_then_row() -> None:
 def test_only_neighbours_on_tensorrt_are_built_at_once() -> None:
     planned = plan(["tiny", "large"], [1], ["torch-eager", "ort-fp16", *TRT])
     sizes = [[c.row.name for c in group] for group in groups(planned, 4) if group[0].model == "tiny"]
-    assert sizes == [["torch-eager"], ["ort-fp16"], TRT[:4], TRT[4:]]
+    assert sizes == [["torch-eager"], ["ort-fp16"], *(TRT[start : start + 4] for start in range(0, len(TRT), 4))]
     assert all(len({c.model for c in group}) == 1 for group in groups(planned, 4))
     assert [len(group) for group in groups(planned, 1)] == [1] * len(planned)
 
@@ -103,9 +107,36 @@ def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Record(path, RUN).is_due(first)
 
 
-def test_code_is_known_by_its_digest() -> None:
-    assert code_digest(cell("torch-eager")) == code_digest(cell("torch-compile", "large", 8))
-    assert code_digest(cell("torch-eager")) != code_digest(cell(OUR_FP16))
+def test_a_cell_depends_on_its_row_and_its_code_alone() -> None:
+    assert code_digest(cell(OUR_FP16)) == code_digest(cell(OUR_FP16, "large", 8))
+    assert len({code_digest(cell(row)) for row in ROWS}) == len(ROWS)
+    assert code_digest(cell(OUR_FP16, DEMO)) != code_digest(cell(OUR_FP16, DEMO, 8))  # with masks, and without
+
+
+def test_code_that_a_cell_does_not_use_is_not_in_its_digest() -> None:
+    tensorrt = modules_of(tuple(record._roots(cell("trt-w4a8"))))
+    assert {"samq.export.tensorrt_weights", "samq.export.hiera", "samq.engines.tensorrt_build", "samq.quant.gptq"} <= (
+        tensorrt
+    )
+    assert not {name for name in tensorrt if "onnxruntime" in name or "bench_gpu" in name}
+    onnxruntime = modules_of(tuple(record._roots(cell("ort-w4only"))))
+    assert {"samq.export.unpack_at_load", "samq.engines.onnxruntime_cuda"} <= onnxruntime
+    assert not {name for name in onnxruntime if "tensorrt" in name}
+
+
+def test_shells_depend_on_the_trace_alone() -> None:
+    traced = modules_of(shells.TRACE_CODE, shells.NOT_TRACED)
+    assert {"samq.export.trace", "samq.export.hiera", "samq.calib.parts"} <= traced
+    assert not {name for name in traced if "lower" in name or "samq.quant" in name or "samq.tools" in name}
+    naive = modules_of(shells.NAIVE_CODE)
+    assert "samq.calib.parts" in naive
+    assert not {name for name in naive if name.startswith(("samq.export.", "samq.quant."))}
+    assert digest_of(shells.TRACE_CODE, shells.NOT_TRACED) != digest_of(shells.TRACE_CODE)
+
+
+def test_a_module_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"samq\.nowhere"):
+        modules_of(["samq.files", "samq.nowhere"])
 
 
 def test_figures_of_two_gpus_are_not_mixed(tmp_path: Path) -> None:
@@ -239,10 +270,10 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def made(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    return Graphs(subject, tmp_path_factory.mktemp("work"), lambda: TRT8)
+    return Graphs(subject, tmp_path_factory.mktemp("work"), lambda: AtHand(TRT8))
 
 
-@pytest.mark.parametrize("form", [shells.OURS, shells.NAIVE])
+@pytest.mark.parametrize("form", [shells.OURS, shells.NAIVE, shells.ATTENTION])
 def test_a_shell_holds_no_weights_and_is_traced_once(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,14 +286,16 @@ def test_a_shell_holds_no_weights_and_is_traced_once(
     assert [node.name for node in again.graph] == [node.name for node in first.graph]
     filled = shells.fill(again, model)
     assert [value.name for value in filled.graph.inputs] == ["pixel_values"]
-    given = fold_constants(filled if form == shells.NAIVE else float_part(filled, model, half=False))
+    given = fold_constants(float_part(filled, model, half=False) if form == shells.OURS else filled)
     found = as_written(given, {"pixel_values": pixels(2, seed=3).numpy()}, *ENCODER_OUTPUTS)
     with torch.no_grad():
         expected = ImageEncoder(model)(pixels(2, seed=3))
     assert max(relative(torch.from_numpy(f) - e, e) for f, e in zip(found, expected, strict=True)) < EXACT
 
 
-@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.engine != "torch" and not row.modelopt])
+@pytest.mark.parametrize(
+    "row", [name for name, row in ROWS.items() if row.engine != "torch" and row.peer != "modelopt"]
+)
 def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subject: Subject) -> None:
     made_of = cell(row, "small")
     graph = made.encoder(made_of)
@@ -273,7 +306,7 @@ def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subjec
     error = runtimes.agreement(found, simulated)["relative_error"]
     assert error is not None
     if preset is None:
-        assert error < (HALF_ERROR if row == "ort-fp16" else EXACT)
+        assert error < (HALF_ERROR if made_of.row.engine == "onnxruntime" else EXACT)
     else:  # single INT8 codes flip, and folding a branch rounds it again
         quantization = runtimes.agreement(simulated, runtimes.exact_embeddings(subject.model, images))["relative_error"]
         assert quantization is not None
@@ -282,7 +315,44 @@ def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subjec
         assert lint(ir.load(graph.path), TRT8) == []
     requested = graph.facts.get("requested", {})
     assert ("INT8 GEMM" in requested) == (row in TRT and preset is not None)
-    assert ("largest_fold_error" in graph.facts) == (row == "trt-svdquant-fold")
+    assert ("largest_fold_error" in graph.facts) == (row in ("trt-svdquant-fold", "trt-svdquant-fold-everywhere"))
+
+
+def test_a_shipped_placement_is_what_a_user_gets(subject: Subject, tmp_path: Path) -> None:
+    """All blocks in FP16: every preset's graph has the structure of ours in FP16, and the two branches one graph."""
+    made = Graphs(
+        subject, tmp_path, lambda: AtHand(TRT8, Placement(layers={"vision_encoder.backbone.blocks.*": "fp16"}))
+    )
+    exact, branch, fold = (
+        made.encoder(cell(row, "small")) for row in (OUR_FP16, "trt-svdquant-branch", "trt-svdquant-fold")
+    )
+    assert operators(branch.path) == operators(exact.path)
+    assert branch.path.read_bytes() == fold.path.read_bytes()
+    assert branch.facts["requested"].keys() == {"FP16 GEMM"}
+    everywhere = made.encoder(cell("trt-svdquant-branch-everywhere", "small"))
+    assert everywhere.facts["requested"]["INT8 GEMM"] > 0
+
+
+def operators(path: Path) -> list[str]:
+    """Types of the nodes of a file, in order."""
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_peers_on_onnxruntime_are_what_they_are_called(made: Graphs) -> None:
+    graphs_of = {
+        name: made.encoder(cell(name, "small")) for name in ROWS if name.startswith("ort-") and ROWS[name].peer
+    }
+    found = {name: set(operators(graph.path)) for name, graph in graphs_of.items()}
+    assert "Attention" in found.pop("ort-attention-fp16")
+    assert all("Softmax" in operators_found for operators_found in found.values())
+    assert "BiasGelu" in found["ort-tools-fp16"] - found["ort-naive-fp16"]
+    told = graphs_of["ort-tools-fp16"].facts
+    assert told["fused"]["LayerNormalization"] > 0
+    assert "model type bert" in told["note"]
+    for graph in graphs_of.values():
+        halves = [tensor for tensor in onnx.load(graph.path).graph.initializer if len(tensor.dims) > 1]
+        assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in halves} == {"FLOAT16"}
+        assert not list(graph.path.parent.glob(f"{graph.path.stem}.*.onnx"))
 
 
 def test_a_graph_is_made_once(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +365,7 @@ def test_a_graph_is_made_once(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_the_naive_graph_fits_every_target(target: TensorRtTarget, subject: Subject, made: Graphs) -> None:
-    graph = Graphs(subject, made.work, lambda: target).encoder(cell(NAIVE_FP16, "small"))
+    graph = Graphs(subject, made.work, lambda: AtHand(target)).encoder(cell(NAIVE_FP16, "small"))
     assert lint(ir.load(graph.path), target) == []
 
 
@@ -350,21 +420,55 @@ def test_masks_are_compared_with_the_simulation(subject: Subject, made: Graphs) 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_the_decoders_fit_every_target(target: TensorRtTarget, subject: Subject, made: Graphs) -> None:
-    for graph in Graphs(subject, made.work, lambda: target).decoders(cell("trt-w8a8", "small")).values():
+    for graph in Graphs(subject, made.work, lambda: AtHand(target)).decoders(cell("trt-w8a8", "small")).values():
         assert lint(ir.load(graph.path), target) == []
         assert bool(graph.float32) == (not target.strongly_typed)
+
+
+def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by rows that are built at the same time."""
+    built: list[Path] = []
+
+    class OneWorker:
+        def build(self, _: Path, plan: Path, options: BuildOptions) -> None:
+            time.sleep(0.05)
+            built.append(plan)
+            plan.touch()
+
+    def info(plan: Path) -> None:
+        if not plan.exists():
+            raise BadInput(f"{plan} is missing")
+
+    monkeypatch.setattr(runtimes, "_worker", lambda: contextlib.nullcontext(OneWorker()))
+    monkeypatch.setattr(runtimes, "load_info", info)
+    for name in ("one", "same", "other"):
+        (tmp_path / name).write_bytes(b"1" if name != "other" else b"2")
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(lambda name: build(tmp_path / name, tmp_path), ("one", "same")))
+    assert plans[0] == plans[1]
+    assert built == plans[:1]
+    others = [build(tmp_path / "other", tmp_path), build(tmp_path / "one", tmp_path, float32=("norm",))]
+    assert len({plans[0], *others}) == 3
+    monkeypatch.setattr(runtimes, "digest_of", lambda _: "new code")
+    assert build(tmp_path / "one", tmp_path) not in built[:-1]
+
+
+def build(onnx_path: Path, folder: Path, float32: tuple[str, ...] = ()) -> Path:
+    return runtimes.build_plan(onnx_path, folder, float32, BuildOptions())
 
 
 def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on TensorRT, but that ONNX Runtime on the CPU runs the lowered graph."""
 
-    def measure(onnx_path: Path, images: runtimes.Pixels) -> runtimes.Measured:
+    def measure(onnx_path: Path, images: Pixels) -> runtimes.Measured:
         answer = OnnxRuntimeEngine(onnx_path).run({"pixel_values": images})[runtimes.EMBEDDINGS]
         return runtimes.Measured([3.0, 1.0, 2.0], [0.5], answer, 7.0, 60.04, {"note": "on the CPU"})
 
     monkeypatch.setattr(runtimes, "build_plan", lambda onnx_path, *_: onnx_path)
     monkeypatch.setattr(runtimes, "measure_tensorrt", measure)
-    of_small = Bench(subject, made.work, lambda: TRT8, 3, 1)
+    of_small = Bench(subject, made.work, lambda: AtHand(TRT8), 3, 1)
     chosen = cell("trt-svdquant-fold", "small")
     figures = of_small.figures(chosen, of_small.build(chosen, of_small.lower(chosen)))
     assert (figures["ms"], figures["graph_ms"], figures["build_seconds"], figures["megabytes"]) == (2.0, 0.5, 60.0, 7.0)
@@ -390,7 +494,13 @@ def _content() -> dict[str, Any]:
         "gpu": "A GPU",
         "runs": [RUN],
         "cells": {
-            "demo/1/trt-w8a8": done | {"ms": 1.0, "masks": _masks(0.77, 0.78)},
+            "demo/1/trt-w8a8": done
+            | {
+                "ms": 1.0,
+                "masks": _masks(0.77, 0.78),
+                "executed": {"INT8 GEMM": 3, "FP16 GEMM": 60},
+                "on_cpu": ["node_pad_1 (Pad)", "node_pad_2 (Pad)"],
+            },
             "demo/1/trt-fp16": done | {"ms": 1.5, "graph_ms": 1.2, "masks": _masks(0.8, 0.8)},
             "demo/1/trt-w4a8": done | {"ms": 1.0, "masks": _masks(0.7, 0.7, scenes=3)},
             "demo/1/trt-naive-fp16": done
@@ -402,22 +512,27 @@ def _content() -> dict[str, Any]:
 
 
 def test_the_tables_show_what_was_measured() -> None:
-    text = markdown(_content())
-    lines = text.splitlines()
+    lines = markdown(_content()).splitlines()
     assert [line for line in lines if line.startswith("###")] == ["### large, batch 8", "### demo, batch 1"]
-    table = {
-        line.split(" | ")[0].removeprefix("| "): line.rstrip(" |").split(" | ")[1:] for line in lines if "|" in line
-    }
-    assert table[ROWS["trt-fp16"].title][:3] == ["1.50", "1.20", "2.00"]
-    assert table[ROWS["trt-fp16"].title][-4:] == ["1.0000"] * 4
-    assert table[ROWS["trt-w8a8"].title][-4:] == ["0.9625", "0.9750"] * 2
-    assert table[ROWS["trt-w4a8"].title][-4:] == ["—"] * 4
-    assert table[ROWS["trt-naive-fp16"].title][2:6] == ["1.00", "12.3", "—", "1.2e-03"]
-    assert list(table).index(ROWS["trt-naive-fp16"].title) < list(table).index(ROWS["trt-fp16"].title)
-    assert table[ROWS["torch-eager"].title][:3] == ["100.00", "—", "—"]
+    start = next(index for index, line in enumerate(lines) if line.startswith("| encoder and decoder"))
+    times, masks = ({line[0]: line[1:] for line in map(_cells, part)} for part in (lines[:start], lines[start:]))
+    assert times[ROWS["trt-fp16"].title][:3] == ["1.50", "1.20", "2.50"]
+    assert times[ROWS["trt-naive-fp16"].title][2:6] == ["1.00", "12.3", "—", "1.2e-03"]
+    assert times[ROWS["torch-eager"].title][:3] == ["100.00", "—", "—"]
+    assert list(times).index(ROWS["trt-naive-fp16"].title) < list(times).index(ROWS["trt-fp16"].title)
+    assert masks[ROWS["trt-fp16"].title] == ["1.0000"] * 4
+    assert masks[ROWS["trt-w8a8"].title] == ["0.9625", "0.9750"] * 2
+    assert masks[ROWS["trt-w4a8"].title] == ["—"] * 4
     assert f"- {ROWS['torch-eager'].title}: none: no such device" in lines
     assert f"- {ROWS['trt-naive-fp16'].title}: as it is" in lines
+    assert f"- {ROWS['trt-w8a8'].title}: executes 60 × FP16 GEMM, 3 × INT8 GEMM" in lines
+    assert f"- {ROWS['trt-w8a8'].title}: on the CPU 2 × Pad" in lines
     assert lines[-1] == "1. `bench` on A GPU: TensorRT 8.6.0"
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line of a table; a line of text is one cell."""
+    return line.strip("| ").split(" | ")
 
 
 def test_the_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

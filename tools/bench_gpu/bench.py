@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samq.engines.onnxruntime_cuda import CudaOptions
 from samq.engines.tensorrt_plan import BuildOptions
-from samq.export.tensorrt_targets import TensorRtTarget
 from samq.tools.bench_gpu import runtimes
 from samq.tools.bench_gpu.cells import Cell
-from samq.tools.bench_gpu.graphs import Graph, Graphs
+from samq.tools.bench_gpu.graphs import AtHand, Graph, Graphs
 from samq.tools.bench_gpu.masks import compare_masks
-from samq.tools.bench_gpu.subject import Subject
+from samq.tools.bench_gpu.subject import Pixels, Subject
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,17 @@ class Bench:
     Args:
         subject: the model.
         work: folder of graphs and plans.
-        target: called where a graph for TensorRT is asked for.
+        at_hand: called where a graph for TensorRT is asked for.
         level: TensorRT's optimization level.
         scenes: held-out scenes on which masks are compared.
     """
 
-    def __init__(
-        self, subject: Subject, work: Path, target: Callable[[], TensorRtTarget], level: int, scenes: int
-    ) -> None:
+    def __init__(self, subject: Subject, work: Path, at_hand: Callable[[], AtHand], level: int, scenes: int) -> None:
         self.subject, self.scenes = subject, scenes
-        self.graphs = Graphs(subject, work, target)
+        self.graphs = Graphs(subject, work, at_hand)
         self._plans = work / "plans"
         self._options = BuildOptions(optimization_level=level, timing_cache=str(work / "timing"))
-        self._images: dict[int, tuple[runtimes.Pixels, NDArray[np.float32]]] = {}
+        self._images: dict[int, tuple[Pixels, NDArray[np.float32]]] = {}
 
     def lower(self, cell: Cell) -> Lowered:
         """Make a cell's graphs, one cell at a time: PyTorch's exporter shares its state.
@@ -119,17 +117,19 @@ class Bench:
             figures["masks"] = self._masks(cell, built.encoder, built.decoders)
         return figures
 
-    def _measured(self, cell: Cell, built: Built, pixels: runtimes.Pixels) -> runtimes.Measured:
+    def _measured(self, cell: Cell, built: Built, pixels: Pixels) -> runtimes.Measured:
         if built.encoder is None:
             return runtimes.measure_torch(self.subject.model, pixels, compiled=cell.row.compiled)
-        measure = runtimes.measure_tensorrt if cell.row.engine == "tensorrt" else runtimes.measure_onnxruntime
-        return measure(built.encoder, pixels)
+        if cell.row.engine == "tensorrt":
+            return runtimes.measure_tensorrt(built.encoder, pixels)
+        options = CudaOptions(mixed_gemm=cell.row.mixed_gemm, gemm_bias=cell.row.gemm_bias)
+        return runtimes.measure_onnxruntime(built.encoder, pixels, options)
 
-    def _simulated_error(self, preset: str, pixels: runtimes.Pixels, expected: NDArray[np.float32]) -> float | None:
+    def _simulated_error(self, preset: str, pixels: Pixels, expected: NDArray[np.float32]) -> float | None:
         simulated = runtimes.exact_embeddings(self.subject.quantized(preset).model, pixels)
         return runtimes.agreement(simulated, expected)["relative_error"]
 
-    def _images_of(self, batch: int) -> tuple[runtimes.Pixels, NDArray[np.float32]]:
+    def _images_of(self, batch: int) -> tuple[Pixels, NDArray[np.float32]]:
         """Images, and what the float32 model answers."""
         if batch not in self._images:
             pixels = self.subject.pixels(batch)

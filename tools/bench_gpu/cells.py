@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from samq.export.lower_onnxruntime_cuda import Weights
 from samq.export.lower_tensorrt import Branch
 from samq.tools.prove_parity import BACKBONES
 
@@ -16,6 +17,8 @@ DEFAULT_MODELS = ("tiny", "base-plus", "large", DEMO)
 DEFAULT_BATCHES = (1, 8)
 
 Engine = Literal["torch", "onnxruntime", "tensorrt"]
+Peer = Literal["", "exported", "attention", "tools", "modelopt"]
+Where = Literal["shipped", "everywhere"]
 
 # How long cells of a model take, beside those of tiny.
 SIZES = {"tiny": 1.0, "small": 1.2, "base-plus": 2.0, "large": 5.0, DEMO: 1.0}
@@ -33,9 +36,15 @@ class Row:
         title: in the tables.
         engine: what runs it.
         preset: of the quantized weights, None for FP16.
-        naive: transformers' own encoder as exported, without samq's rewrites.
-        modelopt: with the Q/DQ that ModelOpt puts into it.
+        peer: instead of samq's graph the one that transformers and PyTorch export: as it is, with attention as one
+            operator (opset 23), through ONNX Runtime's tools, or with ModelOpt's Q/DQ.
+        placement: on TensorRT, INT8 where the placement says so that samq ships for the GPU at hand, which is what a
+            user gets, or everywhere.
         low_rank: what becomes of low-rank branches on TensorRT.
+        weights: how ONNX Runtime keeps quantized weights.
+        mixed_gemm: ONNX Runtime multiplies packed weights without dequantizing them first, where it can, and adds
+            the bias on the way.
+        gemm_bias: ONNX Runtime may make one Gemm of a MatMul and its bias, as it does unasked.
         compiled: by `torch.compile`.
     """
 
@@ -43,29 +52,67 @@ class Row:
     title: str
     engine: Engine
     preset: str | None = None
-    naive: bool = False
-    modelopt: bool = False
+    peer: Peer = ""
+    placement: Where = "shipped"
     low_rank: Branch = "branch"
+    weights: Weights = "packed"
+    mixed_gemm: bool = False
+    gemm_bias: bool = True
     compiled: bool = False
 
 
 NAIVE_FP16, OUR_FP16 = "trt-naive-fp16", "trt-fp16"
 
+
+def _torch(name: str, title: str, *, compiled: bool = False) -> Row:
+    return Row(f"torch-{name}", f"PyTorch, FP16, {title}", "torch", compiled=compiled)
+
+
+def _ort(name: str, title: str, preset: str | None = None, **options: Any) -> Row:
+    return Row(f"ort-{name}", f"ONNX Runtime CUDA, {title}", "onnxruntime", preset, **options)
+
+
+def _trt(name: str, title: str, preset: str | None = None, **options: Any) -> Row:
+    return Row(f"trt-{name}", f"TensorRT, {title}", "tensorrt", preset, **options)
+
+
+def _trt_quantized() -> Iterator[Row]:
+    """samq's quantized rows: first as a user gets them, then with INT8 everywhere."""
+    for suffix, title, placement in (("", "placed", "shipped"), ("-everywhere", "INT8 everywhere", "everywhere")):
+        for kind in ("w8a8", "w4a8"):
+            preset = f"int{kind[1]}_{kind}"
+            yield _trt(f"{kind}{suffix}", f"{preset}, {title}", preset, placement=placement)
+        for branch in ("branch", "fold"):
+            yield _trt(
+                f"svdquant-{branch}{suffix}", f"int4_svdquant, {branch}, {title}", "int4_svdquant",
+                placement=placement, low_rank=branch,
+            )  # fmt: skip
+
+
+def _ort_quantized() -> Iterator[Row]:
+    """samq's 4-bit rows, in each way in which ONNX Runtime can keep and multiply the weights."""
+    for kind in ("w4only", "svdquant"):
+        preset = f"int4_{kind}"
+        yield _ort(kind, f"{preset}, packed", preset)
+        yield _ort(f"{kind}-mixed", f"{preset}, packed, mixed GEMM", preset, mixed_gemm=True)
+        yield _ort(f"{kind}-load", f"{preset}, dequantized at load", preset, weights="dequantized at load")
+
+
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        Row("torch-eager", "PyTorch, FP16, eager", "torch"),
-        Row("torch-compile", "PyTorch, FP16, `torch.compile`", "torch", compiled=True),
-        Row("ort-fp16", "ONNX Runtime CUDA, FP16", "onnxruntime"),
-        Row("ort-w4only", "ONNX Runtime CUDA, int4_w4only", "onnxruntime", "int4_w4only"),
-        Row("ort-svdquant", "ONNX Runtime CUDA, int4_svdquant", "onnxruntime", "int4_svdquant"),
-        Row(NAIVE_FP16, "TensorRT, FP16, naive", "tensorrt", naive=True),
-        Row(OUR_FP16, "TensorRT, FP16, ours", "tensorrt"),
-        Row("trt-naive-int8", "TensorRT, INT8, naive (ModelOpt)", "tensorrt", naive=True, modelopt=True),
-        Row("trt-w8a8", "TensorRT, int8_w8a8", "tensorrt", "int8_w8a8"),
-        Row("trt-w4a8", "TensorRT, int4_w4a8", "tensorrt", "int4_w4a8"),
-        Row("trt-svdquant-branch", "TensorRT, int4_svdquant, branch", "tensorrt", "int4_svdquant"),
-        Row("trt-svdquant-fold", "TensorRT, int4_svdquant, fold", "tensorrt", "int4_svdquant", low_rank="fold"),
+        _torch("eager", "eager"),
+        _torch("compile", "`torch.compile`", compiled=True),
+        _ort("naive-fp16", "FP16, naive", peer="exported"),
+        _ort("attention-fp16", "FP16, naive at opset 23 (Attention)", peer="attention"),
+        _ort("tools-fp16", "FP16, by ONNX Runtime's tools", peer="tools"),
+        _ort("fp16", "FP16, ours"),
+        _ort("fp16-add", "FP16, ours, biases apart", gemm_bias=False),
+        *_ort_quantized(),
+        _trt("naive-fp16", "FP16, naive", peer="exported"),
+        _trt("naive-int8", "INT8, naive (ModelOpt)", peer="modelopt"),
+        _trt("fp16", "FP16, ours"),
+        *_trt_quantized(),
     )
 }
 
@@ -86,7 +133,7 @@ class Cell:
     @property
     def with_masks(self) -> bool:
         """Masks are compared with the truth: the demo model's, through our TensorRT engines."""
-        return self.model == DEMO and self.batch == 1 and self.row.engine == "tensorrt" and not self.row.naive
+        return self.model == DEMO and self.batch == 1 and self.row.engine == "tensorrt" and not self.row.peer
 
 
 def plan(models: Sequence[str], batches: Sequence[int], rows: Sequence[str]) -> list[Cell]:

@@ -12,23 +12,35 @@ from typing import Any
 import onnx_ir as ir
 
 from samq.engines.lint import require_clean
-from samq.errors import MachineLacks
 from samq.export.fold import fold_constants
 from samq.export.half import to_fp16
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import Lowered, lower_for_tensorrt
 from samq.export.opset17 import to_opset17
 from samq.export.parts import float_part, quantized_part, save_part
+from samq.export.placement import EVERYWHERE, Placement
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.files import write_json
 from samq.tools.bench_gpu.cells import Cell, Row
+from samq.tools.bench_gpu.peers import with_fp16, with_fusions, with_modelopt
 from samq.tools.bench_gpu.record import code_digest
-from samq.tools.bench_gpu.shells import DECODERS, NAIVE, OURS, fill, shell_of
+from samq.tools.bench_gpu.shells import ATTENTION, DECODERS, NAIVE, OURS, fill, shell_of
 from samq.tools.bench_gpu.subject import Subject
 
-MODELOPT = "ModelOpt is not installed; run `pip install samq[modelopt]`"
+
+@dataclass(frozen=True)
+class AtHand:
+    """What the TensorRT and the GPU of this machine want.
+
+    Args:
+        target: of the lowering.
+        placement: that samq ships for them.
+    """
+
+    target: TensorRtTarget
+    placement: Placement = EVERYWHERE
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,11 @@ class Graphs:
     """Graphs of a model in the folder `work`; what is there already is used again.
 
     Args:
-        target: called where a graph for TensorRT is asked for.
+        at_hand: called where a graph for TensorRT is asked for.
     """
 
-    def __init__(self, subject: Subject, work: Path, target: Callable[[], TensorRtTarget]) -> None:
-        self.subject, self.work, self._target = subject, work, target
+    def __init__(self, subject: Subject, work: Path, at_hand: Callable[[], AtHand]) -> None:
+        self.subject, self.work, self._at_hand = subject, work, at_hand
 
     def encoder(self, cell: Cell) -> Graph:
         """The encoder's graph of a cell.
@@ -75,7 +87,7 @@ class Graphs:
     def prepare(self, cell: Cell) -> None:
         """Trace what the cell needs, which takes no GPU."""
         if cell.row.engine != "torch":
-            self._shell(NAIVE if cell.row.naive else OURS, cell.batch)
+            self._shell(_form(cell.row), cell.batch)
         if cell.with_masks:
             for form in DECODERS.values():
                 self._shell(form, cell.batch)
@@ -84,7 +96,7 @@ class Graphs:
         return shell_of(self.subject.model, self.subject.name, form, batch, self.work / "shells")
 
     def _kept(self, cell: Cell, part: str, write: Callable[[Path], dict[str, Any]]) -> Graph:
-        kind = self._target().name if cell.row.engine == "tensorrt" else "cuda"
+        kind = self._at_hand().target.name if cell.row.engine == "tensorrt" else "cuda"
         path = self.work / "graphs" / f"{cell.key.replace('/', '-')}-{part}-{kind}-{code_digest(cell)}.onnx"
         notes = path.with_suffix(".json")
         if not (path.is_file() and notes.is_file()):
@@ -94,19 +106,25 @@ class Graphs:
 
     def _write_encoder(self, cell: Cell, path: Path) -> dict[str, Any]:
         row = cell.row
-        if row.modelopt:
-            return self._write_modelopt(cell, path)
-        if row.naive:
-            save_part(self._naive(cell.batch), path)
-            return {"float32": [], "facts": {}}
+        if row.peer:
+            return {"float32": [], "facts": self._write_peer(cell, path)}
         if row.engine == "tensorrt":
             return self._write(self._lowered(row, OURS, cell.batch), path)
-        save_part(lower_for_onnxruntime_cuda(self._canonical(row, OURS, cell.batch)).model, path)
-        return {"float32": [], "facts": {}}
+        canonical = self._canonical(row, OURS, cell.batch)
+        lowered = lower_for_onnxruntime_cuda(canonical, weights=row.weights, bias_in_gemm=row.mixed_gemm)
+        save_part(lowered.model, path)
+        return {"float32": [], "facts": {"rewrites": {rewrite.name: rewrite.count for rewrite in lowered.rewrites}}}
 
     def _lowered(self, row: Row, form: str, batch: int) -> Lowered:
-        lowered = lower_for_tensorrt(self._canonical(row, form, batch), self._target(), row.low_rank, rewrites=REWRITES)
-        require_clean(lowered.model, self._target())
+        at_hand = self._at_hand()
+        lowered = lower_for_tensorrt(
+            self._canonical(row, form, batch),
+            at_hand.target,
+            row.low_rank,
+            placement=at_hand.placement if row.placement == "shipped" else EVERYWHERE,
+            rewrites=REWRITES,
+        )
+        require_clean(lowered.model, at_hand.target)
         return lowered
 
     def _write(self, lowered: Lowered, path: Path) -> dict[str, Any]:
@@ -124,30 +142,33 @@ class Graphs:
         quantized = self.subject.quantized(row.preset)
         return quantized_part(shell, quantized.model, quantized.codes)
 
-    def _naive(self, batch: int) -> ir.Model:
+    def _write_peer(self, cell: Cell, path: Path) -> dict[str, Any]:
+        """A peer's graph, from the encoder as it is exported; returns what it told."""
+        exported = fill(self._shell(_form(cell.row), cell.batch), self.subject.model)
+        if cell.row.engine == "tensorrt" and cell.row.peer == "exported":
+            save_part(self._fitted(exported), path)
+            return {}
+        exact = path.with_suffix(".float.onnx")
+        try:
+            if cell.row.peer == "modelopt":
+                save_part(self._fitted(exported), exact)
+                half = self._at_hand().target.strongly_typed
+                return with_modelopt(exact, path, self.subject.pixels(cell.batch), half=half)
+            save_part(exported, exact)
+            return with_fusions(exact, path) if cell.row.peer == "tools" else with_fp16(exact, path)
+        finally:
+            exact.unlink(missing_ok=True)
+
+    def _fitted(self, model: ir.Model) -> ir.Model:
         """The exported encoder in the types and the opset of the target."""
-        target = self._target()
-        model = fold_constants(fill(self._shell(NAIVE, batch), self.subject.model))
+        target = self._at_hand().target
+        fold_constants(model)
         fit_operators(model.graph, target)
         return to_fp16(model) if target.strongly_typed else to_opset17(model)
 
-    def _write_modelopt(self, cell: Cell, path: Path) -> dict[str, Any]:
-        """ModelOpt's Q/DQ in the naive graph, calibrated on the cell's own images."""
-        try:
-            from modelopt.onnx.quantization import quantize
-        except ImportError as error:
-            raise MachineLacks(MODELOPT) from error
-        exact = path.with_suffix(".float.onnx")
-        save_part(self._naive(cell.batch), exact)
-        quantized = path.with_suffix(".int8.onnx")
-        quantize(
-            str(exact),
-            quantize_mode="int8",
-            calibration_data={"pixel_values": self.subject.pixels(cell.batch)},
-            calibration_method="max",
-            high_precision_dtype="fp16" if self._target().strongly_typed else "fp32",
-            output_path=str(quantized),
-        )
-        quantized.replace(path)
-        exact.unlink()
-        return {"float32": [], "facts": {}}
+
+def _form(row: Row) -> str:
+    """The shell of a row's encoder."""
+    if row.peer:
+        return ATTENTION if row.peer == "attention" else NAIVE
+    return OURS

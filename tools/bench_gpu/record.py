@@ -10,21 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import samq
 from samq.errors import BadInput, UsageError
+from samq.export.placement import SHIPPED, load_placement
 from samq.files import write_json
+from samq.quant.config import load_recipe
 from samq.tools.bench_gpu.cells import ROWS, Cell
+from samq.tools.bench_gpu.code import digest_of
 
-DEPENDS_ON = {
-    "torch": ("calib",),
-    "onnxruntime": ("calib", "quant", "export", "engines"),
-    "tensorrt": ("calib", "quant", "export", "engines"),
+ENGINE_CODE = {
+    "torch": ("samq.calib.parts",),
+    "onnxruntime": ("samq.engines.onnxruntime_cuda",),
+    "tensorrt": ("samq.engines.tensorrt_process", "samq.engines.tensorrt_worker"),
 }
+LOWERING_CODE = {
+    "torch": (),
+    "onnxruntime": ("samq.export.lower_onnxruntime_cuda",),
+    "tensorrt": ("samq.export.lower_tensorrt", "samq.export.tensorrt_rewrites"),
+}
+PEER_CODE = ("samq.tools.bench_gpu.naive", "samq.tools.bench_gpu.peers")
+NAIVE_TENSORRT_CODE = ("samq.export.fold", "samq.export.half", "samq.export.opset17", "samq.export.tensorrt_operators")
+MASKS_CODE = ("samq.engines.predictor", "samq.tools.evaluate")
 
 
 class Record:
@@ -100,16 +111,31 @@ def cells_of(content: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
     return found
 
 
-def code_digest(cell: Cell) -> str:
-    """Digest of samq's code that a cell's figures depend on."""
-    return digest_of(DEPENDS_ON[cell.row.engine])
-
-
 @cache
-def digest_of(packages: tuple[str, ...]) -> str:
-    """Digest of the Python files of samq's packages, 16 hex digits."""
-    digest = hashlib.sha256()
-    for package in packages:
-        for path in sorted((Path(samq.__file__).parent / package).rglob("*.py")):
-            digest.update(path.read_bytes())
+def code_digest(cell: Cell) -> str:
+    """Digest of what a cell's figures depend on: samq's code, the row, its preset, the shipped placements.
+
+    The bench itself is left out: a new row must not cost the old ones, and --redo measures again.
+    """
+    digest = hashlib.sha256(digest_of(tuple(_roots(cell)), () if cell.row.preset else ("samq.quant",)).encode())
+    digest.update(repr(replace(cell.row, title="")).encode())
+    if cell.row.preset is not None:
+        digest.update(load_recipe(cell.row.preset).to_yaml().encode())
+        if cell.row.engine == "tensorrt":
+            digest.update("".join(str(load_placement(path).layers) for path in sorted(SHIPPED.glob("*.yaml"))).encode())
     return digest.hexdigest()[:16]
+
+
+def _roots(cell: Cell) -> Iterator[str]:
+    """The modules that make and run a cell's engine."""
+    row = cell.row
+    yield from ENGINE_CODE[row.engine]
+    if row.peer:
+        yield from PEER_CODE
+        yield from NAIVE_TENSORRT_CODE if row.engine == "tensorrt" else ()
+    elif row.engine != "torch":
+        yield from ("samq.export.trace", "samq.export.parts", *LOWERING_CODE[row.engine])
+    if row.preset is not None:
+        yield "samq.quant.quantize"
+    if cell.with_masks:
+        yield from MASKS_CODE

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import os
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,19 +25,21 @@ from transformers import Sam2Model
 
 from samq.calib.parts import DECODER_INPUTS, DECODER_OUTPUTS, ENCODER_INPUTS, ENCODER_OUTPUTS, ImageEncoder, MaskDecoder
 from samq.engines.base import Arrays, Engine
-from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine
+from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine, executed_on_gpu
 from samq.engines.predictor import Predictor
 from samq.engines.tensorrt_log import ANOTHER_PYTHON
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, executed_layers, load_info
 from samq.engines.tensorrt_process import Worker, WorkerEngine
 from samq.errors import BadInput, SamqError
 from samq.files import sha256_of
+from samq.tools.bench_gpu.code import digest_of
+from samq.tools.bench_gpu.subject import Pixels
 
 RUNS, WARM_UPS = 100, 20
 MEGA = 1e6
 EMBEDDINGS = "image_embeddings"
-
-Pixels = NDArray[np.float32]
+BUILDER_CODE = ("samq.engines.tensorrt_worker",)
+_BUILDING: defaultdict[Path, Lock] = defaultdict(Lock)
 
 
 @dataclass(frozen=True)
@@ -146,23 +150,34 @@ def _by_events(launch: Callable[[], Any]) -> list[float]:
     return [float(begin.elapsed_time(end)) for begin, end in events]
 
 
-def measure_onnxruntime(onnx: Path, pixels: Pixels) -> Measured:
-    """A lowered encoder on ONNX Runtime's CUDA provider, inputs and outputs on the GPU."""
+def measure_onnxruntime(onnx: Path, pixels: Pixels, options: CudaOptions) -> Measured:
+    """An encoder on ONNX Runtime's CUDA provider, inputs and outputs on the GPU.
+
+    Args:
+        options: of the provider; CUDA graphs are measured beside plain launches whatever they say.
+    """
     feeds = {ENCODER_INPUTS[0]: pixels}
     started = time.perf_counter()
-    engine = OnnxRuntimeCudaEngine(onnx, CudaOptions(cuda_graph=False))
+    engine = OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=False))
     seconds = time.perf_counter() - started
     embeddings = np.asarray(engine.run(feeds)[EMBEDDINGS])
     times = engine.time(feeds, RUNS)
     del engine
     gc.collect()
-    facts: dict[str, Any] = {}
+    facts = _told_of_gpu(onnx, options)
     replayed: Sequence[float] = []
     try:
-        replayed = OnnxRuntimeCudaEngine(onnx, CudaOptions(cuda_graph=True)).time(feeds, RUNS)
+        replayed = OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=True)).time(feeds, RUNS)
     except SamqError as error:
         facts["note"] = f"no CUDA graph: {error}"
     return Measured(times, replayed, embeddings, onnx.stat().st_size / MEGA, seconds, facts)
+
+
+def _told_of_gpu(onnx: Path, options: CudaOptions) -> dict[str, Any]:
+    """What ONNX Runtime's profile says: arithmetic of our layers, operators, and the nodes that ran on the CPU."""
+    execution = executed_on_gpu(onnx, options)
+    executed = Counter(layer.compute for layer in execution.layers.values())
+    return {"executed": dict(executed), "operators": dict(execution.operators), "on_cpu": list(execution.elsewhere)}
 
 
 @contextmanager
@@ -176,7 +191,7 @@ def _worker() -> Iterator[Worker]:
 
 
 def build_plan(onnx: Path, folder: Path, float32: tuple[str, ...], options: BuildOptions) -> Path:
-    """The plan of a graph, from `folder` where the same graph was built there before.
+    """The plan of a graph, from `folder` where the same graph was built there before by the same code.
 
     Args:
         float32: names of nodes that a weakly typed TensorRT must keep in float32.
@@ -184,12 +199,15 @@ def build_plan(onnx: Path, folder: Path, float32: tuple[str, ...], options: Buil
     Raises:
         SamqError: as `samq.engines.tensorrt_build.build_engine`.
     """
-    plan = folder / f"{sha256_of(onnx)[:16]}-level{options.optimization_level}.plan"
-    try:
-        load_info(plan)
-    except BadInput:  # not there, or not whole
-        with _worker() as worker:
-            worker.build(onnx, plan, replace(options, float32=float32))
+    asked = replace(options, float32=float32)
+    how = hashlib.sha256(f"{asked} {digest_of(BUILDER_CODE)}".encode()).hexdigest()
+    plan = folder / f"{sha256_of(onnx)[:16]}-{how[:16]}.plan"
+    with _BUILDING[plan]:  # two rows may have one graph
+        try:
+            load_info(plan)
+        except BadInput:  # not there, or not whole
+            with _worker() as worker:
+                worker.build(onnx, plan, asked)
     return plan
 
 

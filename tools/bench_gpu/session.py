@@ -19,8 +19,10 @@ import transformers
 
 from samq.engines import tensorrt
 from samq.errors import MachineLacks, SamqError
+from samq.export.placement import shipped_for
 from samq.tools.bench_gpu.bench import Bench, Built
 from samq.tools.bench_gpu.cells import Cell, expected_seconds, groups
+from samq.tools.bench_gpu.graphs import AtHand
 from samq.tools.bench_gpu.record import Record
 from samq.tools.bench_gpu.subject import Subject
 from samq.tools.bench_gpu.table import progress_line
@@ -93,13 +95,16 @@ def _one_at_a_time(settings: Settings, device: str) -> Callable[[str], Bench]:
     def bench_of(model: str) -> Bench:
         if not last or last[0].subject.name != model:
             last.clear()
-            last.append(Bench(Subject.load(model, device), settings.work, _target, settings.level, settings.scenes))
+            last.append(Bench(Subject.load(model, device), settings.work, _at_hand, settings.level, settings.scenes))
         return last[0]
 
     return bench_of
 
 
-_target = cache(target_at_hand)
+@cache
+def _at_hand() -> AtHand:
+    version, gpu = tensorrt.about()
+    return AtHand(target_at_hand(), shipped_for(gpu.name, version))
 
 
 def _figures(bench: Bench, group: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:

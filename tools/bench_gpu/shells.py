@@ -5,29 +5,26 @@ The parameters of the model are inputs of a shell; `fill` makes constants of the
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxscript.optimizer
-import torch
 from transformers import Sam2Model
 
-from samq.calib.parts import ENCODER_INPUTS, ENCODER_OUTPUTS, IMAGE_ENCODER, MASK_DECODER, ImageEncoder
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
 from samq.export.trace import OPSET, StaticShape, trace
 from samq.files import written_whole
-from samq.tools.bench_gpu.record import digest_of
-from samq.tools.bench_gpu.subject import image_size
+from samq.tools.bench_gpu.code import digest_of
+from samq.tools.bench_gpu.naive import ATTENTION_OPSET, export_naive
 
 PROMPTS = 8  # of an image at once, with which masks are compared
-OURS, NAIVE = "ours", "naive"
+OURS, NAIVE, ATTENTION = "ours", "naive", "attention"
 DECODERS = {1: "decoder-click", 2: "decoder-box"}  # by points a prompt
-CODE = ("calib", "export")
+NAIVE_CODE = ("samq.tools.bench_gpu.naive",)
+TRACE_CODE = ("samq.export.trace",)
+NOT_TRACED = ("samq.quant",)  # shells are traced from float models
 
 
 def shell_of(model: Sam2Model, name: str, form: str, batch: int, folder: Path) -> ir.Model:
@@ -36,12 +33,14 @@ def shell_of(model: Sam2Model, name: str, form: str, batch: int, folder: Path) -
     Args:
         model: on the CPU.
         name: of the model.
-        form: an encoder (`OURS`, `NAIVE`) or one of `DECODERS`.
+        form: an encoder (`OURS`, `NAIVE`, `ATTENTION`) or one of `DECODERS`.
     """
-    path = folder / f"{name}-b{batch}-{form}-{digest_of(CODE)}.onnx"
+    naive = form in (NAIVE, ATTENTION)
+    code = digest_of(NAIVE_CODE) if naive else digest_of(TRACE_CODE, NOT_TRACED)
+    path = folder / f"{name}-b{batch}-{form}-{code}.onnx"
     if not path.is_file():
         emptied = _emptied(_TRACES[form](model, batch), model)
-        if form == NAIVE:
+        if naive:
             onnxscript.optimizer.optimize(emptied)  # what the exporter does, but that it leaves parameters alone
         with written_whole(path) as temporary:
             ir.save(emptied, temporary)
@@ -78,34 +77,9 @@ def _decoder(model: Sam2Model, batch: int, points: int) -> ir.Model:
     return trace(model, MASK_DECODER, StaticShape(batch=batch, prompts=PROMPTS, points=points))
 
 
-def _naive(model: Sam2Model, batch: int) -> ir.Model:
-    """The encoder as it stands in transformers."""
-    size = image_size(model)
-    pixels = torch.zeros(batch, 3, size, size)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                ImageEncoder(model).eval(),
-                (pixels,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(ENCODER_INPUTS),
-                output_names=list(ENCODER_OUTPUTS),
-                optimize=False,
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
-    assert program is not None
-    return program.model
-
-
 _TRACES: dict[str, Callable[[Sam2Model, int], ir.Model]] = {
     OURS: _ours,
-    NAIVE: _naive,
+    NAIVE: partial(export_naive, opset=OPSET),
+    ATTENTION: partial(export_naive, opset=ATTENTION_OPSET),
     **{form: partial(_decoder, points=points) for points, form in DECODERS.items()},
 }

@@ -23,6 +23,8 @@ from samq.tools.bench_gpu.cells import DEMO
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT, IMAGES
 from samq.tools.prove_parity import random_sam2
 
+Pixels = NDArray[np.float32]
+
 NOISE_IMAGES = 2  # to calibrate random weights on
 
 
@@ -58,7 +60,7 @@ class Subject:
         """The demo model's own preprocessing."""
         return load_checkpoint(str(CHECKPOINT)).processor
 
-    def pixels(self, batch: int) -> NDArray[np.float32]:
+    def pixels(self, batch: int) -> Pixels:
         """Images to measure on [batch, 3, S, S]: held-out scenes for the demo model, noise for random weights."""
         if self.is_demo:
             return np.stack([self.processor(scene.image).pixel_values for scene in self.scenes(batch)])
@@ -100,13 +102,7 @@ class Subject:
         return (torch.from_numpy(_noise(self.model, 1, seed)) for seed in range(1, 1 + NOISE_IMAGES))
 
 
-def image_size(model: Sam2Model) -> int:
-    """Side of the model's input, in pixels."""
+def _noise(model: Sam2Model, batch: int, seed: int) -> Pixels:
     config: Any = model.config
     size: int = config.prompt_encoder_config.image_size
-    return size
-
-
-def _noise(model: Sam2Model, batch: int, seed: int) -> NDArray[np.float32]:
-    size = image_size(model)
     return np.random.default_rng(seed).standard_normal((batch, 3, size, size), dtype=np.float32)

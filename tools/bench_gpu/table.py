@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ Figures = Mapping[str, Any]
 
 NONE = "—"
 COLUMNS = ("encoder", "ms", "ms, CUDA graph", "naive FP16 / this", "engine MB", "build s", "error", "simulated")
-MASK_COLUMNS = ("box: engines", "box: simulated", "click: engines", "click: simulated")
+MASK_COLUMNS = ("encoder and decoder", "box: engines", "box: simulated", "click: engines", "click: simulated")
 KINDS = ("box", "click")
 LEGEND = (
     "ms: median of 100 runs after a warm-up, by CUDA events, inputs and outputs on the GPU; ONNX Runtime's by the "
-    "host's clock around runs that wait for the GPU. naive FP16 / this: ratio of the times without CUDA graphs, above "
-    "1 is faster. error: ‖x − FP32‖ / ‖FP32‖ of `image_embeddings` against PyTorch in FP32, TF32 off, same input; "
-    "simulated: that of the quantized model in PyTorch."
+    "host's clock around runs that wait for the GPU. naive FP16 / this: the time of TensorRT's naive FP16 engine by "
+    "this one's, each with or without a CUDA graph, whichever is shorter. error: ‖x − FP32‖ / ‖FP32‖ of "
+    "`image_embeddings` against PyTorch in FP32, TF32 off, same input; simulated: that of the quantized model "
+    "in PyTorch."
 )
 MASK_LEGEND = (
     "box, click: relative mIoU (against FP32 in PyTorch) on the held-out scenes, through the TensorRT encoder and "
@@ -42,27 +44,33 @@ def markdown(content: Mapping[str, Any]) -> str:
 def _section(model: str, batch: int, rows: Mapping[str, Figures]) -> str:
     ordered = [(name, rows[name]) for name in ROWS if name in rows]
     measured = [(name, figures) for name, figures in ordered if "ms" in figures]
-    with_masks = any("masks" in figures for _, figures in measured)
-    header = [*COLUMNS, *(MASK_COLUMNS if with_masks else ())]
-    lines = [header, ["---"] * len(header)]
-    for name, figures in measured:
-        line = _line(name, figures, rows)
-        lines.append([*line, *(_relative_masks(figures, rows.get(OUR_FP16)) if with_masks else ())])
-    title = f"### {model}, batch {batch}\n"
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts = [
+        f"### {model}, batch {batch}\n",
+        _table(COLUMNS, [_line(name, figures, rows) for name, figures in measured]),
+    ]
+    compared = [(name, figures) for name, figures in measured if "masks" in figures]
+    if compared:
+        exact = rows.get(OUR_FP16, {}).get("masks")
+        parts.append(_table(MASK_COLUMNS, [_masks_line(name, figures["masks"], exact) for name, figures in compared]))
+        parts.append(f"{MASK_LEGEND}\n")
     notes = [f"- {ROWS[name].title}: {note}" for name, figures in ordered for note in _notes(figures)]
     runs = sorted({figures["run"] for _, figures in ordered})
-    notes.append(f"- Measured in run {', '.join(str(run + 1) for run in runs)}.")
-    return "\n".join([title, table, "", *((MASK_LEGEND, "") if with_masks else ()), *notes, ""])
+    notes.append(f"- Measured in run {', '.join(str(run + 1) for run in runs)}.\n")
+    return "\n".join([*parts, *notes])
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
 
 
 def _line(name: str, figures: Figures, rows: Mapping[str, Figures]) -> list[str]:
-    naive = rows.get(NAIVE_FP16, {}).get("ms")
+    naive = _shortest(rows.get(NAIVE_FP16, {}))
+    shortest = _shortest(figures)
     return [
         ROWS[name].title,
         f"{figures['ms']:.2f}",
         _shown(figures.get("graph_ms"), ".2f"),
-        _shown(None if naive is None else naive / figures["ms"], ".2f"),
+        _shown(None if naive is None or shortest is None else naive / shortest, ".2f"),
         _shown(figures.get("megabytes"), ".1f"),
         _shown(figures.get("build_seconds"), ".0f"),
         _shown(figures.get("relative_error"), ".1e"),
@@ -70,22 +78,33 @@ def _line(name: str, figures: Figures, rows: Mapping[str, Figures]) -> list[str]
     ]
 
 
-def _relative_masks(figures: Figures, exact: Figures | None) -> list[str]:
+def _shortest(figures: Figures) -> float | None:
+    """Milliseconds with or without a CUDA graph, whichever is less."""
+    return min((figures[key] for key in ("ms", "graph_ms") if figures.get(key) is not None), default=None)
+
+
+def _masks_line(name: str, masks: Figures, exact: Figures | None) -> list[str]:
     """Relative mIoU by kind, through the engines and simulated; FP32's own is what the FP16 row simulates."""
-    masks, reference = figures.get("masks"), (exact or {}).get("masks")
-    if masks is None or reference is None or masks["scenes"] != reference["scenes"]:
-        return [NONE] * len(MASK_COLUMNS)
-    return [
-        _shown(masks[kind][source] / reference[kind]["simulated"], ".4f")
-        for kind in KINDS
-        for source in ("engines", "simulated")
-    ]
+    if exact is None or masks["scenes"] != exact["scenes"]:
+        return [ROWS[name].title, *[NONE] * (len(MASK_COLUMNS) - 1)]
+    relative = [masks[kind][source] / exact[kind]["simulated"] for kind in KINDS for source in ("engines", "simulated")]
+    return [ROWS[name].title, *(_shown(value, ".4f") for value in relative)]
 
 
 def _notes(figures: Figures) -> Sequence[str]:
     if "reason" in figures:
         return (f"none: {figures['reason']}",)
-    return (figures["note"],) if figures.get("note") else ()
+    notes = [figures["note"]] if figures.get("note") else []
+    if figures.get("executed"):
+        notes.append(f"executes {_counted(figures['executed'])}")
+    if figures.get("on_cpu"):
+        operators = Counter(node.rpartition(" (")[2].rstrip(")") for node in figures["on_cpu"])
+        notes.append(f"on the CPU {_counted(operators)}")
+    return notes
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} × {what}" for what, count in sorted(counts.items()))
 
 
 def _shown(value: float | None, form: str) -> str:
