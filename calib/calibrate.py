@@ -54,10 +54,19 @@ def calibrate(
             tick("calibrate")
     if seen == 0:
         raise BadInput("calibration saw no image; give a folder with images as --calib-data")
+    require_finite(statistics)
+    return statistics
+
+
+def require_finite(statistics: Mapping[str, InputStatistics]) -> None:
+    """Insist that no input overflowed.
+
+    Raises:
+        BadInput: one did, or was NaN.
+    """
     for name, entry in statistics.items():
         if not entry.is_finite():
             raise BadInput(f"{name}: its inputs are not finite on the calibration images; check the checkpoint")
-    return statistics
 
 
 def _prompt(decoder: MaskDecoder, features: tuple[Tensor, Tensor, Tensor], image_size: int) -> None:

@@ -97,6 +97,17 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian = (rotation @ self.hessian.double() @ rotation.T).float()
 
+    def mean(self) -> Tensor:
+        """[K] in float64; zeros of no rows."""
+        return self.total / max(self.rows, 1)
+
+    def covariance(self) -> Tensor:
+        """Σ (x − m)(x − m)ᵀ [K, K] with m the mean; needs the Hessian. A channel that never changes has exactly 0."""
+        assert self.hessian is not None
+        centred = (self.hessian.double() - torch.outer(self.total, self.mean())).float()
+        centred.diagonal().clamp_(min=0)
+        return centred
+
     def is_finite(self) -> bool:
         """Neither an input nor a sum of their products overflowed or was NaN."""
         gathered = [self.high - self.low] if self.rows else []

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import difflib
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -28,6 +32,7 @@ from samq.quant.config_file import impossible, load_yaml
 PRESETS = Path(__file__).with_name("presets")
 AUTO: Final = "auto"
 Alpha = float | Literal["auto"]
+Rank = int | Literal["auto"]
 WEIGHT_ONLY_INT4_GROUPS = (-1, 16, 32, 64, 128, 256)
 
 
@@ -37,6 +42,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+_RANK = TypeAdapter[int](Annotated[int, Field(ge=1, le=1024)], config=ConfigDict(strict=True))
 _SHARE = TypeAdapter[float](Annotated[float, Field(ge=0, le=1)], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -52,18 +58,41 @@ class GptqConfig(_Section):
     )
 
 
+class ScalesConfig(_Section):
+    """How the scale of a group of weights is chosen: its range as it is, or clipped where that costs less."""
+
+    method: Literal["max", "mse", "p_norm"] = "mse"
+    p: float = Field(default=3.0, gt=0, le=16, description="power of the rounding errors that p_norm adds up")
+    weighted: bool = False
+    """By the second moments of the inputs, so that weights count as their outputs do."""
+
+    @model_validator(mode="after")
+    def _max_weighs_nothing(self) -> ScalesConfig:
+        if self.method == "max" and self.weighted:
+            raise impossible("max adds up no errors that could be weighted; use mse or p_norm", key="method")
+        return self
+
+    @property
+    def norm(self) -> float | None:
+        """Power of the errors that are added up, None for max."""
+        return {"max": None, "mse": 2.0, "p_norm": self.p}[self.method]
+
+
 class LowRankConfig(_Section):
     """A 16-bit branch of low rank beside the quantized weights (SVDQuant, arXiv 2411.05007)."""
 
-    rank: int = Field(
+    rank: Rank = Field(
         default=32,
-        ge=1,
-        le=1024,
         description="a branch of higher rank stores more than the largest layer of SAM ViT-H, 1280 x 5120",
+    )
+    """From 1 to 1024, or "auto": chosen for each layer, all of them together within max_overhead."""
+    weighting: Literal["none", "diagonal", "full"] = Field(
+        default="none",
+        description="refit the branch to what the codes leave of the output, by the inputs' second moments",
     )
     compensate: bool = Field(
         default=False,
-        description="alternate SVD and quantizer, so that the branch makes up for the quantizer's error",
+        description="alternate SVD and quantizer while the layer's output error falls",
     )
     max_overhead: float | None = Field(
         default=0.027,
@@ -71,6 +100,30 @@ class LowRankConfig(_Section):
         le=1,
         description="caps the rank: the branch stores at most this fraction of the layer's FP16 bytes",
     )
+    """With rank: auto, of all these layers' bytes together, for all their branches."""
+
+    @field_validator("rank", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, rank: object, _: ValidatorFunctionWrapHandler) -> Rank:
+        """Of a union, pydantic would tell what is wrong with each member; that of numbers is enough."""
+        if rank == AUTO:
+            return AUTO
+        if isinstance(rank, str) and rank.isalpha():
+            raise impossible(f"{rank!r} is neither {AUTO} nor a number from 1 to 1024")
+        return _RANK.validate_python(rank)
+
+    @model_validator(mode="after")
+    def _budget_is_known(self) -> LowRankConfig:
+        if self.rank == AUTO and self.max_overhead is None:
+            raise impossible(
+                "null leaves rank: auto without a budget; give a fraction of the FP16 bytes", key="max_overhead"
+            )
+        return self
+
+    @property
+    def needs_hessian(self) -> bool:
+        """The branch depends on the second moments of the inputs."""
+        return self.compensate or self.weighting != "none"
 
 
 class WeightsConfig(_Section):
@@ -83,6 +136,9 @@ class WeightsConfig(_Section):
     skip_first_block: bool = False
     skip_last_block: bool = False
     skip_decoder: bool = True
+    scales: ScalesConfig = ScalesConfig()
+    bias_correction: bool = False
+    """Biases make up for what rounding the weights does to the mean output (Nagel et al., arXiv 1906.04721)."""
     kernel_gptq: GptqConfig | None = None
     low_rank: LowRankConfig | None = None
 
@@ -119,9 +175,44 @@ class WeightsConfig(_Section):
         return self.dtype.startswith("s")
 
     @property
+    def needs_hessian(self) -> bool:
+        """The method looks at the second moments of the inputs."""
+        return self.kernel_gptq is not None or (self.low_rank is not None and self.low_rank.needs_hessian)
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale; -1 for a whole output channel."""
         return self.group_shapes[0][1]
+
+
+class LayerConfig(_Section):
+    """What some layers have instead of the keys of `wgts`; a key that is not given is as there, a null one is off."""
+
+    dtype: Literal["float", "uint4", "sint4", "uint8", "sint8"] | None = None
+    """With "float", the layer is not quantized."""
+    group_shapes: list[list[int]] | None = None
+    kernel_gptq: GptqConfig | None = None
+    low_rank: LowRankConfig | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> LayerConfig:
+        for key in ("dtype", "group_shapes"):
+            if key in self.model_fields_set and getattr(self, key) is None:
+                raise impossible("null is none; leave the key out to have that of wgts", key=key)
+        if not self.model_fields_set:
+            raise impossible(f"says nothing; give one of {', '.join(type(self).model_fields)}")
+        if self.stays_float and len(self.model_fields_set) > 1:
+            raise impossible("a layer that stays float has no other key; leave them out", key="dtype")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _keys_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
+    @property
+    def stays_float(self) -> bool:
+        """The layer is not quantized."""
+        return self.dtype == "float"
 
 
 class InputsConfig(_Section):
@@ -170,11 +261,20 @@ class SmoothConfig(_Section):
 class RotationConfig(_Section):
     """Orthogonal rotation of the activations and its inverse on the weights (QuaRot, arXiv 2404.00456).
 
-    It comes after shifting and smoothing. Without these, channels that are far larger than the rest, or far from zero,
-    spoil all of a head.
+    That of attention values comes after shifting and smoothing. Without these, channels that are far larger than the
+    rest, or far from zero, spoil all of a head. That of residual streams comes first of all.
     """
 
     enabled: bool = False
+    residual: bool = Field(
+        default=False, description="also the residual streams that can be rotated exactly, those without pooling"
+    )
+
+    @model_validator(mode="after")
+    def _residual_is_a_rotation(self) -> RotationConfig:
+        if self.residual and not self.enabled:
+            raise impossible("true needs enabled: true", key="residual")
+        return self
 
 
 class CalibConfig(_Section):
@@ -182,6 +282,8 @@ class CalibConfig(_Section):
 
     num_samples: int = Field(default=128, ge=1, description="images")
     batch_size: int = Field(default=1, ge=1, description="images per forward pass")
+    mode: Literal["one_pass", "sequential"] = "one_pass"
+    """Each block sees the inputs that it has in the float model, or behind the quantized blocks before it."""
     path: str | None = None
 
 
@@ -189,6 +291,8 @@ class Recipe(_Section):
     """Everything that decides the quantized weights, apart from the checkpoint and the images."""
 
     wgts: WeightsConfig
+    layers: dict[str, LayerConfig] = {}
+    """Pattern of layer names (`*` is any text) → what these layers have; the first pattern that matches decides."""
     ipts: InputsConfig | None = None
     shift: ShiftConfig = ShiftConfig()
     smooth: SmoothConfig = SmoothConfig()
@@ -216,7 +320,46 @@ class Recipe(_Section):
                 "an INT8 GEMM takes one weight scale per output channel",
                 key="wgts.group_shapes",
             )
+        for pattern, rule in self.layers.items():
+            self._require_form(pattern, rule)
         return self
+
+    def _require_form(self, pattern: str, rule: LayerConfig) -> None:
+        """Insist that what a rule makes of `wgts` is a form that engines run."""
+        try:
+            self._with(rule)
+        except ValidationError as error:
+            (details,) = error.errors()[:1]
+            context = details.get("ctx", {})
+            steps = (*details["loc"], *context.get("place", ()))
+            at_fault = [str(step) for step in steps if step in rule.model_fields_set][:1]
+            raise impossible(context.get("reason", details["msg"]), key=("layers", pattern, *at_fault)) from error
+
+    def _with(self, rule: LayerConfig | None) -> Recipe:
+        """This recipe with a rule in `wgts`, and no rules."""
+        values = self.model_dump(exclude={"layers"})
+        if rule is not None and not rule.stays_float:
+            values["wgts"] |= rule.model_dump()
+        return Recipe.model_validate(values)
+
+    def pattern_for(self, layer: str) -> str | None:
+        """The first pattern of `layers` that matches a layer's name, None where none does."""
+        return next((pattern for pattern in self.layers if fnmatchcase(layer, pattern)), None)
+
+    def stays_float(self, layer: str) -> bool:
+        """`layers` says that this layer is not quantized."""
+        pattern = self.pattern_for(layer)
+        return pattern is not None and self.layers[pattern].stays_float
+
+    def of_layer(self, layer: str) -> Recipe:
+        """The recipe as it is for one quantized layer: `wgts` with what `layers` says, and no `layers`."""
+        pattern = self.pattern_for(layer)
+        return self._with(None if pattern is None else self.layers[pattern])
+
+    def variants(self) -> list[Recipe]:
+        """What `of_layer` can return, that of layers without a rule first."""
+        rules = [rule for rule in self.layers.values() if not rule.stays_float]
+        return [self._with(rule) for rule in (None, *rules)]
 
     @property
     def weight_only(self) -> bool:
@@ -229,12 +372,17 @@ class Recipe(_Section):
         return self.wgts.bits == 4 and not self.weight_only
 
     @property
+    def auto_rank(self) -> bool:
+        """The ranks of low-rank branches are chosen together."""
+        return self.wgts.low_rank is not None and self.wgts.low_rank.rank == AUTO
+
+    @property
     def needs_calibration(self) -> bool:
         """RTN, one SVD and rotation look at no activation; static scales and all other methods do."""
         static = self.ipts is not None and self.ipts.mode == "static"
-        compensates = self.wgts.low_rank is not None and self.wgts.low_rank.compensate
         changes_basis = self.shift.enabled or self.smooth.enabled
-        return static or compensates or changes_basis or self.wgts.kernel_gptq is not None
+        weighs = self.wgts.scales.weighted or self.wgts.bias_correction
+        return static or changes_basis or weighs or any(variant.wgts.needs_hessian for variant in self.variants())
 
     def to_yaml(self) -> str:
         """Every key, defaults too, in the order of the models; `load_recipe` reads it back equal."""

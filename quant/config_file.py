@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -27,14 +27,21 @@ BOUNDS = {
     "less_than_equal": "at most {le:g}",
 }
 
+ANY_NAME = "*"  # of a field, where the file chooses the name
+
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Fields = dict[str, FieldInfo]
 """Every field of a model and of the models in it, by dotted key."""
 
 
-def impossible(reason: str, key: str = "") -> PydanticCustomError:
-    """The error for a validator to raise; `key` is the key at fault below what is being validated."""
-    return PydanticCustomError("impossible", "{reason}", {"reason": reason, "key": key})
+def impossible(reason: str, key: str | Place = "") -> PydanticCustomError:
+    """The error for a validator to raise.
+
+    Args:
+        key: the key at fault below what is being validated, dotted; or its place, where keys have dots in them.
+    """
+    place = tuple(key.split(".")) if isinstance(key, str) and key else tuple(key)
+    return PydanticCustomError("impossible", "{reason}", {"reason": reason, "place": place})
 
 
 def load_yaml(path: Path, model: type[ModelT]) -> ModelT:
@@ -56,37 +63,46 @@ def load_yaml(path: Path, model: type[ModelT]) -> ModelT:
 
 
 def _explain(details: ErrorDetails, document: Document, fields: Fields) -> Problem:
-    kind, place, context = details["type"], details["loc"], details.get("ctx", {})
-    if context.get("key"):
-        place += tuple(context["key"].split("."))
+    kind, context = details["type"], details.get("ctx", {})
+    place = details["loc"] + context.get("place", ())
     line, node = document.find(place)
     key, value = dotted(place), document.shown(node)
+    field = _field_at(place, fields)
     if kind == "impossible":
         message = f"{key}: {context['reason']}"
     elif kind == "extra_forbidden":
-        message = f"{key} is not a known key; {_nearest_key(place, fields)}"
+        message = f"{key} is not a known key; {_nearest_key(str(place[-1]), field, fields)}"
     elif kind == "missing":
-        choices = ", ".join(map(str, get_args(fields[key].annotation)))
+        choices = ", ".join(map(str, get_args(fields[field].annotation)))
         message = f"{key} is missing" + (f"; give one of {choices}" if choices else "")
     elif kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
         message = f"{key}: {value} is not one of {choices}"
     elif kind == "model_type":
-        names = ", ".join(_names_in(key, fields))
+        names = ", ".join(_names_in(field, fields))
         message = f"{key or 'the file'}: {value} is not a mapping; its keys are {names}"
     elif kind in BOUNDS:
-        message = f"{key} must be {BOUNDS[kind].format(**context)}, not {value} ({fields[key].description})"
+        message = f"{key} must be {BOUNDS[kind].format(**context)}, not {value} ({fields[field].description})"
     else:
         message = f"{key}: {value} {WRONG_VALUE.get(kind, details['msg'])}"
     return Problem(line, message)
 
 
-def _nearest_key(place: Place, fields: Fields) -> str:
+def _field_at(place: Place, fields: Fields) -> str:
+    """Dotted key of the field at `place`, as `fields` has it: ANY_NAME where the file chooses the name."""
+    key = ""
+    for step in place:
+        prefix = f"{key}." if key else ""
+        chosen = any(field.startswith(f"{prefix}{ANY_NAME}.") for field in fields)
+        key = f"{prefix}{ANY_NAME if chosen else step}"
+    return key
+
+
+def _nearest_key(unknown: str, field: str, fields: Fields) -> str:
     """Advice on an unknown key: the nearest one beside it or, where it is nearer, elsewhere."""
-    unknown = str(place[-1])
     if unknown in fields:
         return f"write {unknown.replace('.', ': {')}: ...{'}' * unknown.count('.')}"
-    beside = _names_in(dotted(place[:-1]), fields)
+    beside = _names_in(field.rpartition(".")[0], fields)
     anywhere = {key.rpartition(".")[2]: key for key in reversed(fields)}
     for known, similarity in ((beside, 0.7), (anywhere, 0.9), (beside, 0.6), (anywhere, 0.5)):
         near = difflib.get_close_matches(unknown.lower(), known, n=1, cutoff=similarity)
@@ -105,7 +121,8 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Fields:
     found: Fields = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = field
+        inner = f"{prefix}{name}.{ANY_NAME}." if get_origin(field.annotation) is dict else f"{prefix}{name}."
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type(BaseModel)):
-                found |= _fields(kind, f"{prefix}{name}.")
+                found |= _fields(kind, inner)
     return found

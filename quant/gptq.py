@@ -7,13 +7,17 @@ With H = Σ x xᵀ over the calibration inputs of the layer, minimizing ‖(W �
 and the inverses that this needs, one per eliminated column, are the rows of the upper Cholesky factor of H⁻¹ (section
 3.3, step 3). Updates reach the columns of a block at once and all later columns when the block is done (step 2).
 Columns go in the order of falling Hessian diagonal (act-order); scales are chosen before, so groups are unaffected.
+
+Layers of one shape go through the columns together: on a GPU a column of one layer is far too little work. There, the
+columns of a block are a CUDA graph, too, for launching them one by one from Python takes longer than running them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +25,10 @@ from torch import Tensor
 from samq.quant.grids import Grid, QuantizedWeight, Scales
 
 DAMPING_GROWTH = 10.0
+WARM_UPS = 2  # runs before a capture, in which libraries allocate their workspaces
+GRAPHS = 8  # that are kept for further layers; each holds five matrices of a block
+
+BlockRunner = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,22 +54,49 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size
     Raises:
         ValueError: the Hessian is zero or not finite.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    inverse, used = inverse_cholesky(hessian[order][:, order], damping)
+    return gptq_together([weight], [hessian], [scales], grid, block_size, damping)[0]
+
+
+def gptq_together(
+    weights: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    scales: Sequence[Scales],
+    grid: Grid,
+    block_size: int,
+    damping: float,
+) -> list[GptqResult]:
+    """`gptq` of several layers of one shape, column by column at the same time; the same codes as one by one.
+
+    Args:
+        weights: B of [N, K] float32.
+        hessians: B of [K, K].
+        scales: B; as for `gptq`, like the rest.
+
+    Raises:
+        ValueError: a Hessian is zero or not finite.
+    """
+    inputs = weights[0].shape[1]
+    orders, inverses, used = [], [], []
+    for hessian in hessians:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        inverse, needed = inverse_cholesky(hessian[order][:, order], damping)
+        orders.append(order)
+        inverses.append(inverse)
+        used.append(needed)
     # Transposed throughout, so that a column of the weight is contiguous in memory.
-    step, zero_point = (t.T[order] for t in scales.per_input(weight.shape[1]))  # [K, N]
-    rest = weight.T[order]
-    codes = torch.empty_like(rest)
-    for start in range(0, len(rest), block_size):
-        block = slice(start, min(start + block_size, len(rest)))
-        with _one_thread():
-            errors = _quantize_block(
-                rest[block], codes[block], inverse[block, block], step[block], zero_point[block], grid
-            )
-        rest[block.stop :] -= inverse[block, block.stop :].T @ errors
-    restored = torch.empty_like(weight)
-    restored[:, order] = codes.T
-    return GptqResult(QuantizedWeight(restored.to(grid.dtype), scales, grid), used)
+    spread = [of_layer.per_input(inputs) for of_layer in scales]
+    step, zero_point = (
+        torch.stack([tensors[which].T[order] for tensors, order in zip(spread, orders, strict=True)]).to(weights[0])
+        for which in (0, 1)
+    )
+    rest = torch.stack([weight.T[order] for weight, order in zip(weights, orders, strict=True)])
+    codes = _all_columns(rest, torch.stack(inverses), step, zero_point, grid, block_size)
+    results = []
+    for layer, (order, needed) in enumerate(zip(orders, used, strict=True)):
+        restored = torch.empty_like(weights[layer])
+        restored[:, order] = codes[layer].T
+        results.append(GptqResult(QuantizedWeight(restored.to(grid.dtype), scales[layer], grid), needed))
+    return results
 
 
 def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -83,25 +118,84 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         damping *= DAMPING_GROWTH
 
 
-def _quantize_block(
-    weight: Tensor, codes: Tensor, inverse: Tensor, step: Tensor, zero_point: Tensor, grid: Grid
+def _all_columns(
+    rest: Tensor, inverse: Tensor, step: Tensor, zero_point: Tensor, grid: Grid, block_size: int
 ) -> Tensor:
-    """Quantize the columns of one block in place; returns each column's error over its pivot.
+    """Codes [B, K, N] of weights [B, K, N], which are used up; `inverse` [B, K, K] is upper triangular."""
+    columns = rest.shape[1]
+    codes = torch.empty_like(rest)
+    run = _runner(rest, grid, min(block_size, columns))
+    for start in range(0, columns, block_size):
+        block = slice(start, min(start + block_size, columns))
+        codes[:, block], errors = run(rest[:, block], inverse[:, block, block], step[:, block], zero_point[:, block])
+        rest[:, block.stop :].baddbmm_(inverse[:, block, block.stop :].mT, errors, alpha=-1)
+    return codes
+
+
+def _block_columns(
+    weight: Tensor, inverse: Tensor, step: Tensor, zero_point: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Codes of the columns of one block, and each column's error over its pivot, both [B, block, N].
 
     Args:
-        weight, codes, step, zero_point: [block, N], transposed.
-        inverse: [block, block] upper triangular.
+        weight: [B, block, N], transposed; used up.
+        inverse: [B, block, block] upper triangular.
+        step, zero_point: [B, block, N].
     """
-    errors = torch.empty_like(weight)
-    pivots = inverse.diagonal().tolist()
-    for column, pivot in enumerate(pivots):
-        value, size, zero = weight[column], step[column], zero_point[column]
+    codes, errors = torch.empty_like(step), torch.empty_like(step)
+    pivots = inverse.diagonal(dim1=1, dim2=2)[..., None]  # [B, block, 1]
+    for column in range(weight.shape[1]):
+        value, size, zero = weight[:, column], step[:, column], zero_point[:, column]
         code = torch.round(value / size).add_(zero).clamp_(grid.qmin, grid.qmax)
-        error = (code - zero).mul_(size).sub_(value).div_(-pivot)
-        weight[column:].addr_(inverse[column, column:], error, alpha=-1)
-        codes[column] = code
-        errors[column] = error
-    return errors
+        error = torch.sub(value, (code - zero).mul_(size), out=errors[:, column]).div_(pivots[:, column])
+        weight[:, column:].baddbmm_(inverse[:, column, column:, None], error[:, None], alpha=-1)
+        codes[:, column] = code
+    return codes, errors
+
+
+def _runner(rest: Tensor, grid: Grid, block_size: int) -> BlockRunner:
+    """`_block_columns` in the form that suits the device of `rest` [B, K, N]."""
+
+    def plain(weight: Tensor, inverse: Tensor, step: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        with _one_thread():
+            return _block_columns(weight, inverse, step, zero_point, grid)
+
+    if not rest.is_cuda:
+        return plain
+    captured = _captured(rest.device, rest.dtype, (len(rest), block_size, rest.shape[2]), grid)
+
+    def fitting(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        return (captured if weight.shape[1] == block_size else plain)(weight, *others)
+
+    return fitting
+
+
+@lru_cache(maxsize=GRAPHS)
+def _captured(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], grid: Grid) -> BlockRunner:
+    """`_block_columns` of a whole block as a CUDA graph; what it returns is overwritten by its next run.
+
+    Args:
+        shape: of the block of weights, [B, block, N].
+    """
+    weight, step, zero_point = (torch.ones(shape, dtype=dtype, device=device) for _ in range(3))
+    inverse = torch.eye(shape[1], dtype=dtype, device=device).repeat(shape[0], 1, 1)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            _block_columns(weight, inverse, step, zero_point, grid)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes, errors = _block_columns(weight, inverse, step, zero_point, grid)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for buffer, given in zip((weight, inverse, step, zero_point), inputs, strict=True):
+            buffer.copy_(given)
+        graph.replay()
+        return codes, errors
+
+    return run
 
 
 @contextmanager

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Sam2Model
 
+from samq.calib.block_walk import BlockWalk
 from samq.calib.statistics import InputStatistics
 from samq.quant.config import AUTO, Alpha, Recipe
 from samq.quant.folds import Folds
-from samq.quant.gptq import gptq, output_error
-from samq.quant.grids import QuantizedWeight, round_to_grid
+from samq.quant.gptq import output_error
+from samq.quant.grids import round_to_grid
 from samq.quant.inputs import input_grid
 from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
-from samq.quant.low_rank import LowRank, compensated, truncated_svd
-from samq.quant.plan import LayerPlan, grid_of
+from samq.quant.low_rank import energies
+from samq.quant.plan import LayerPlan, branch_allowance, grid_of, with_rank
+from samq.quant.ranks import Candidate, share_out
 from samq.quant.rotate import rotate_values
+from samq.quant.rounding import Rounded, ToRound, round_layers, together
 from samq.quant.scales import choose_scales
 from samq.quant.shift import fold_offset, middle
 from samq.quant.sites import FoldSite, fold_sites, linear_at
 from samq.quant.smooth import fold_scale, magnitudes, smoothing_factors
 from samq.quant.smooth_search import best_alpha
+from samq.quant.streams import residual_streams, rotate_stream
 
 RANGE = "range"  # smallest and largest input of each channel, and a sample of inputs
 HESSIAN = "hessian"  # Σ x xᵀ
 
+SMALLEST = torch.finfo(torch.float64).tiny
 WITHOUT_INPUTS = 0.5  # alpha of layers that calibration did not reach, so that there is nothing to search on
 
 Tick = Callable[[str], None]
@@ -71,6 +76,7 @@ class Work:
         codes: results by layer name.
         notes: remarks by layer name.
         folds: the exact changes of basis so far.
+        walk: through the encoder, where blocks are to be calibrated behind the quantized ones before them.
         tick: called with a layer's name when it is done.
     """
 
@@ -81,11 +87,16 @@ class Work:
     codes: dict[str, LayerCodes] = field(default_factory=dict)
     notes: dict[str, LayerNotes] = field(default_factory=dict)
     folds: Folds = field(default_factory=Folds)
+    walk: BlockWalk | None = None
     tick: Tick = lambda _: None
 
     def sites(self) -> list[FoldSite]:
-        """Fold sites all of whose layers are quantized."""
-        return [site for site in fold_sites(self.model) if all(layer in self.plans for layer in site.layers)]
+        """Fold sites with a quantized layer; float layers of a site take its folds as exactly."""
+        return [site for site in fold_sites(self.model) if self.readers(site)]
+
+    def readers(self, site: FoldSite) -> list[str]:
+        """The quantized layers of a site. All its layers read the same inputs, so theirs stand for all."""
+        return [layer for layer in site.layers if layer in self.plans]
 
     def note(self, layer: str) -> LayerNotes:
         """The notes of one layer."""
@@ -115,10 +126,11 @@ class Shift(Pass):
     exact = True
 
     def apply(self, work: Work) -> list[str]:
-        """Shift every site that takes an offset, whose layers are all quantized and have seen inputs."""
+        """Shift every site that takes an offset, whose quantized layers have seen inputs."""
         touched: list[str] = []
         for site in work.sites():
-            statistics = [work.statistics[layer] for layer in site.layers]
+            readers = work.readers(site)
+            statistics = [work.statistics[layer] for layer in readers]
             if not site.takes_offset or not all(entry.rows for entry in statistics):
                 continue
             low = torch.stack([entry.low for entry in statistics]).amin(0)
@@ -126,10 +138,10 @@ class Shift(Pass):
             offset = middle(low, high)
             fold_offset(work.model, site, offset)
             work.folds.offsets[site.source] = offset
-            for layer, entry in zip(site.layers, statistics, strict=True):
+            for layer, entry in zip(readers, statistics, strict=True):
                 entry.shift(offset)
                 work.note(layer).remark(f"inputs shifted, folded into {site.source}")
-            touched.extend(site.layers)
+            touched.extend(readers)
         return touched
 
 
@@ -143,34 +155,58 @@ class Smooth(Pass):
         self.alpha = alpha
 
     def apply(self, work: Work) -> list[str]:
-        """Smooth every site whose layers are all quantized; says so for layers that have none.
+        """Smooth every site with a quantized layer; says so for layers that have none.
 
         Attention values come first. Theirs changes the rows of qkv, and only then do the columns of qkv tell by how
         much a channel before it matters: one row with an outlier would have the largest weight of every column.
         """
         touched: list[str] = []
         for site in sorted(work.sites(), key=lambda site: site.heads is None):
-            layers, statistics = site.layers_in(work.model), [work.statistics[layer] for layer in site.layers]
-            alpha = self._alpha_of(site, work)
+            readers = work.readers(site)
+            layers = [linear_at(work.model, layer) for layer in readers]
+            statistics = [work.statistics[layer] for layer in readers]
+            alpha = self._alpha_of(readers, work)
             factors = smoothing_factors(*magnitudes(layers, statistics, work.recipe.weight_only), alpha)
             fold_scale(work.model, site, factors)
             work.folds.scales[site.source] = factors
-            for layer, entry in zip(site.layers, statistics, strict=True):
+            for layer, entry in zip(readers, statistics, strict=True):
                 entry.rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
-            touched.extend(site.layers)
+            touched.extend(readers)
         for layer in [name for name in work.plans if name not in touched]:
             work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
         return touched
 
-    def _alpha_of(self, site: FoldSite, work: Work) -> float:
+    def _alpha_of(self, readers: list[str], work: Work) -> float:
         if self.alpha != AUTO:
             return self.alpha
-        statistics = [work.statistics[layer] for layer in site.layers]
+        statistics = [work.statistics[layer] for layer in readers]
         if not all(entry.rows for entry in statistics):
             return WITHOUT_INPUTS
-        group_sizes = [work.plans[layer].group_size for layer in site.layers]
-        return best_alpha(site.layers_in(work.model), group_sizes, statistics, work.recipe)
+        layers = [linear_at(work.model, layer) for layer in readers]
+        group_sizes = [work.plans[layer].group_size for layer in readers]
+        recipes = [work.recipe.of_layer(layer) for layer in readers]
+        return best_alpha(layers, group_sizes, statistics, recipes)
+
+
+class RotateStreams(Pass):
+    """Spread outliers of the residual streams that can be rotated exactly (`samq.quant.streams`)."""
+
+    exact = True
+
+    def apply(self, work: Work) -> list[str]:
+        """Rotate every stream with a quantized layer on it; says so for those that have to keep their basis."""
+        touched: list[str] = []
+        for stream in residual_streams(work.model):
+            layers = [layer for layer in stream.layers_in(work.model) if layer in work.plans]
+            if stream.obstacle is None and layers:
+                rotate_stream(work.model, stream)
+                work.folds.streams.append(stream.name)
+                touched.extend(layers)
+            for layer in layers:
+                done = "rotated" if stream.obstacle is None else f"not rotated: {stream.obstacle}"
+                work.note(layer).remark(f"residual stream of stage {stream.level + 1} {done}")
+        return touched
 
 
 class RotateValues(Pass):
@@ -191,6 +227,39 @@ class RotateValues(Pass):
         return [site.layers[0] for site in sites]
 
 
+class ChooseRanks(Pass):
+    """Share the bytes of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`)."""
+
+    exact = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        by_moments = any(own.auto_rank and own.wgts.needs_hessian for own in recipe.variants())
+        self.needs = frozenset({HESSIAN}) if by_moments else frozenset()
+
+    @torch.no_grad()
+    def apply(self, work: Work) -> list[str]:
+        """Give every layer that is left a choice its rank; zero is one."""
+        names = [name for name in work.plans if work.recipe.of_layer(name).auto_rank]
+        candidates = [self._candidate(name, work) for name in names]
+        budget = sum(branch_allowance(work.plans[name].fp16_bytes, work.recipe.of_layer(name)) for name in names)
+        for name, rank in zip(names, share_out(candidates, budget), strict=True):
+            work.plans[name] = with_rank(work.plans[name], rank, work.recipe)
+        return names
+
+    def _candidate(self, name: str, work: Work) -> Candidate:
+        own, statistics = work.recipe.of_layer(name), work.statistics.get(name)
+        weight = linear_at(work.model, name).weight.detach().float()
+        hessian = statistics.hessian if statistics is not None and own.wgts.needs_hessian else None
+        if hessian is None or not hessian.any():
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+        grid, group_size = grid_of(own), work.plans[name].group_size
+        nearest = round_to_grid(weight, choose_scales(weight, grid, group_size, norm=own.wgts.scales.norm), grid)
+        error, total = (output_error(of, hessian) for of in (weight - nearest.dequantize(), weight))
+        energy = energies(weight)
+        relative = error / total if total > 0 else 0.0
+        return Candidate(relative * energy / energy.sum().clamp(min=SMALLEST), sum(weight.shape))
+
+
 class Quantize(Pass):
     """Round the weights (RTN or GPTQ), with a low-rank branch where asked for, and fix the inputs' grids."""
 
@@ -199,65 +268,90 @@ class Quantize(Pass):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         needs = set()
-        if recipe.ipts is not None and recipe.ipts.mode == "static":
+        static = recipe.ipts is not None and recipe.ipts.mode == "static"
+        if static or recipe.wgts.scales.weighted or recipe.wgts.bias_correction:
             needs.add(RANGE)
-        low_rank = recipe.wgts.low_rank
-        if recipe.wgts.kernel_gptq is not None or (low_rank is not None and low_rank.compensate):
+        if any(own.wgts.needs_hessian for own in recipe.variants()):
             needs.add(HESSIAN)
         self.needs = frozenset(needs)
 
     @torch.no_grad()
     def apply(self, work: Work) -> list[str]:
         """Quantize every planned layer and put its simulation into the model."""
-        for name, plan in work.plans.items():
-            layer = linear_at(work.model, name)
-            statistics = work.statistics.get(name)
-            weight = layer.weight.detach().float()
-            branch, quantized = self._quantize_weight(weight, plan, statistics, work.note(name))
-            bias = None if layer.bias is None else layer.bias.detach().float()
-            codes = LayerCodes(quantized, input_grid(self.recipe.ipts, weight, statistics), branch, bias)
-            if statistics is not None and statistics.hessian is not None:
-                total = output_error(weight, statistics.hessian)
-                left = output_error(weight - codes.effective_weight(), statistics.hessian)
-                work.note(name).output_error = left / total if total > 0 else 0.0
-                statistics.hessian = None  # the largest thing in memory, and no longer needed
-            work.codes[name] = codes
-            replace_module(work.model, name, QuantizedLinear(codes))
-            work.tick(name)
+        if work.walk is None:
+            self._quantize(work, list(work.plans), work.statistics)
+        else:
+            for statistics in work.walk.steps(work.plans):
+                self._quantize(work, list(statistics), statistics)
+        work.codes = {name: work.codes[name] for name in work.plans}
         return list(work.plans)
 
-    def _quantize_weight(
-        self, weight: Tensor, plan: LayerPlan, statistics: InputStatistics | None, notes: LayerNotes
-    ) -> tuple[LowRank | None, QuantizedWeight]:
-        hessian = None if statistics is None or HESSIAN not in self.needs else statistics.hessian
-        if self.recipe.wgts.kernel_gptq is not None and (hessian is None or not hessian.any()):
-            notes.remark("no calibration input reached this layer: rounded to nearest")
+    def _quantize(self, work: Work, names: list[str], statistics: dict[str, InputStatistics]) -> None:
+        device = next(work.model.parameters()).device
+        for group in together([work.plans[name] for name in names], self.recipe, device):
+            moments = {name: self._moments(work, name, statistics.get(name)) for name in group}
+            layers = [self._to_round(work, name, statistics.get(name), moments[name]) for name in group]
+            for name, layer, rounded in zip(group, layers, round_layers(layers), strict=True):
+                self._finish(work, name, layer, rounded, statistics.get(name), moments[name])
+
+    def _moments(self, work: Work, name: str, statistics: InputStatistics | None) -> Tensor | None:
+        """Second moments of the inputs, those around the mean where the bias makes up for the mean's error.
+
+        They are taken out of the statistics, for they are the largest thing in memory.
+        """
+        if statistics is None or statistics.hessian is None:
+            return None
+        moments = statistics.covariance() if self._corrects(work, name, statistics) else statistics.hessian
+        statistics.hessian = None
+        return moments
+
+    def _corrects(self, work: Work, name: str, statistics: InputStatistics | None) -> bool:
+        has_bias = linear_at(work.model, name).bias is not None
+        return self.recipe.wgts.bias_correction and has_bias and statistics is not None and statistics.rows > 0
+
+    def _to_round(self, work: Work, name: str, statistics: InputStatistics | None, moments: Tensor | None) -> ToRound:
+        own = self.recipe.of_layer(name)
+        hessian = moments if own.wgts.needs_hessian else None
+        if own.wgts.kernel_gptq is not None and (hessian is None or not hessian.any()):
+            work.note(name).remark("no calibration input reached this layer: rounded to nearest")
             hessian = None
+        importance = None
+        if own.wgts.scales.weighted and statistics is not None and statistics.rows:
+            importance = statistics.sample.square().mean(0) if hessian is None else hessian.diagonal()
+            importance = importance if importance.any() else None
+        weight = linear_at(work.model, name).weight.detach().float()
+        return ToRound(weight, own, work.plans[name], hessian, importance)
 
-        def quantize(residual: Tensor) -> QuantizedWeight:
-            return self._round(residual, plan, hessian, notes)
-
-        low_rank = self.recipe.wgts.low_rank
-        if low_rank is None or plan.rank == 0:
-            return None, quantize(weight)
-        if low_rank.compensate and hessian is not None:
-            return compensated(weight, plan.rank, quantize, hessian)
-        branch = truncated_svd(weight, plan.rank)
-        return branch, quantize(weight - branch.product())
-
-    def _round(self, weight: Tensor, plan: LayerPlan, hessian: Tensor | None, notes: LayerNotes) -> QuantizedWeight:
-        grid, asked = grid_of(self.recipe), self.recipe.wgts.kernel_gptq
-        importance = None if hessian is None else hessian.diagonal()
-        scales = choose_scales(weight, grid, plan.group_size, importance)
-        if asked is None or hessian is None:
-            return round_to_grid(weight, scales, grid)
-        result = gptq(weight, hessian, scales, grid, asked.block_size, asked.damp_percentage)
-        notes.damping = result.damping
-        if result.damping > asked.damp_percentage:
+    def _finish(
+        self,
+        work: Work,
+        name: str,
+        layer: ToRound,
+        rounded: Rounded,
+        statistics: InputStatistics | None,
+        moments: Tensor | None,
+    ) -> None:
+        """Put the layer's simulation into the model, and note what it cost."""
+        float_bias, notes = linear_at(work.model, name).bias, work.note(name)
+        bias = None if float_bias is None else float_bias.detach().float()
+        codes = LayerCodes(rounded.weight, input_grid(self.recipe.ipts, layer.weight, statistics), rounded.branch, bias)
+        lost = layer.weight - codes.effective_weight()
+        total = 0.0 if moments is None else output_error(layer.weight, moments)
+        if bias is not None and statistics is not None and self._corrects(work, name, statistics):
+            mean = statistics.mean()
+            codes = replace(codes, bias=(bias.double() + lost.double() @ mean).float())
+            total += statistics.rows * float((layer.weight.double() @ mean).square().sum())
+        if moments is not None:
+            notes.output_error = output_error(lost, moments) / total if total > 0 else 0.0
+        notes.damping = rounded.damping
+        asked = layer.own.wgts.kernel_gptq
+        if asked is not None and rounded.damping is not None and rounded.damping > asked.damp_percentage:
             notes.remark(
-                f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {result.damping:g}"
+                f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {rounded.damping:g}"
             )
-        return result.weight
+        work.codes[name] = codes
+        replace_module(work.model, name, QuantizedLinear(codes))
+        work.tick(name)
 
 
 class RoundRest(Pass):
@@ -285,13 +379,18 @@ def passes_for(recipe: Recipe) -> list[Pass]:
     """The passes of a recipe, in order: each makes the next one's work easier.
 
     Middles are taken away before channels are compared by their ranges, and channels are made alike before a rotation
-    mixes them. The other way round one outlier would be in all channels of a head, where no scale reaches it.
+    mixes them. The other way round one outlier would be in all channels of a head, where no scale reaches it. A
+    residual stream is rotated first of all, as that takes the gains of its LayerNorms away, and scales with them.
     """
     passes: list[Pass] = []
+    if recipe.rotation.residual:
+        passes.append(RotateStreams())
     if recipe.shift.enabled:
         passes.append(Shift())
     if recipe.smooth.enabled:
         passes.append(Smooth(recipe.smooth.alpha))
     if recipe.rotation.enabled:
         passes.append(RotateValues())
+    if any(own.auto_rank for own in recipe.variants()):
+        passes.append(ChooseRanks(recipe))
     return [*passes, Quantize(recipe), RoundRest()]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from samq.calib.parts import PARTS, part_of
 from samq.errors import UsageError
-from samq.quant.config import Recipe
+from samq.quant.config import AUTO, Recipe
 from samq.quant.grids import Grid, groups_of
 
 SMALLEST_WIDTH = 16  # narrower GEMMs gain nothing from INT8 or INT4 in any engine
 GROUP_MULTIPLE = 16
 FP16_BYTES = 2
+RANK_IS_OPEN = "rank chosen when quantizing, all layers together within wgts.low_rank.max_overhead"
 
 _BLOCK = re.compile(r"vision_encoder\.backbone\.blocks\.(\d+)\.")
 
@@ -35,7 +38,7 @@ class LayerPlan:
         rank: rank of the low-rank branch, 0 for none.
         ranking: why the rank is not what was asked for, else "".
         fp16_bytes: bytes of the weight in FP16.
-        planned_bytes: bytes of the weight, scales and branch as planned.
+        planned_bytes: bytes of the weight, scales and branch as planned; with an open rank, its share of the budget.
     """
 
     name: str
@@ -57,14 +60,23 @@ def grid_of(recipe: Recipe) -> Grid:
 
 
 def describe_request(recipe: Recipe) -> str:
-    """What a quantized layer is asked to compute, e.g. "W4A8" or "W4A16"."""
+    """What a quantized layer with this recipe (`Recipe.of_layer`) is asked to compute, e.g. "W4A8" or "W4A16"."""
     return f"W{recipe.wgts.bits}A{16 if recipe.weight_only else 8}"
 
 
+def block_of(layer: str) -> int | None:
+    """Index of the encoder's block that a layer is in, None for layers elsewhere."""
+    match = _BLOCK.match(layer)
+    return None if match is None else int(match[1])
+
+
 def make_plan(model: nn.Module, recipe: Recipe, parts: Collection[str] = PARTS) -> list[LayerPlan]:
-    """Plan every linear layer and every convolution of a `Sam2Model`, in the model's order."""
-    blocks = [int(match[1]) for name, _ in model.named_modules() if (match := _BLOCK.match(name))]
-    last_block = max(blocks, default=0)
+    """Plan every linear layer and every convolution of a `Sam2Model`, in the model's order.
+
+    Raises:
+        UsageError: a pattern of `layers` decides about no layer.
+    """
+    last_block = max((block_of(name) or 0 for name, _ in model.named_modules()), default=0)
     plans = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -72,7 +84,40 @@ def make_plan(model: nn.Module, recipe: Recipe, parts: Collection[str] = PARTS) 
             plans.append(_plan_linear(name, module, recipe, reason))
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             plans.append(_plan_convolution(name, module))
+    skipped = {plan.name: plan.skip for plan in plans if isinstance(model.get_submodule(plan.name), nn.Linear)}
+    _require_use_of_patterns(skipped, recipe)
     return plans
+
+
+def _require_use_of_patterns(skipped: Mapping[str, str | None], recipe: Recipe) -> None:
+    """Insist that each pattern of `layers` decides about a layer.
+
+    Args:
+        skipped: name of every linear layer → why it stays float, or None.
+
+    Raises:
+        UsageError: one does not; the message names what decides instead, or the nearest layer.
+    """
+    layers = list(skipped)
+    for pattern in recipe.layers:
+        reasons = [reason or "" for layer, reason in skipped.items() if recipe.pattern_for(layer) == pattern]
+        if reasons and all(reason.startswith("wgts.") for reason in reasons):
+            raise UsageError(
+                f"layers.{pattern}: {reasons[0]} keeps all its layers float; set that to false, or remove the pattern"
+            )
+        if reasons:
+            continue
+        matched = [layer for layer in layers if fnmatchcase(layer, pattern)]
+        if matched:
+            raise UsageError(
+                f"layers.{pattern}: patterns before it decide about all its layers; put it before "
+                f"{recipe.pattern_for(matched[0])}, or remove it"
+            )
+        near = difflib.get_close_matches(pattern.replace("*", ""), layers, n=1, cutoff=0.0)
+        raise UsageError(
+            f"layers.{pattern}: no linear layer has such a name; the nearest is {near[0] if near else 'none'} "
+            "(* stands for any text, and --dry-run lists the names)"
+        )
 
 
 def require_layers(plans: Sequence[LayerPlan]) -> None:
@@ -118,18 +163,18 @@ def _reason_to_skip(
     name: str, module: nn.Linear, recipe: Recipe, parts: Collection[str], last_block: int
 ) -> str | None:
     part, wgts = part_of(name), recipe.wgts
-    block = _BLOCK.match(name)
+    block = block_of(name)
     if part not in parts:
         return f"{part} is not among --parts"
     if wgts.skip_decoder and part == "mask_decoder":
         return "wgts.skip_decoder"
-    if wgts.skip_first_block and block and int(block[1]) == 0:
+    if wgts.skip_first_block and block == 0:
         return "wgts.skip_first_block"
-    if wgts.skip_last_block and block and int(block[1]) == last_block:
+    if wgts.skip_last_block and block == last_block:
         return "wgts.skip_last_block"
     if min(module.in_features, module.out_features) < SMALLEST_WIDTH:
         return f"narrower than {SMALLEST_WIDTH}"
-    return None
+    return f"layers.{recipe.pattern_for(name)}" if recipe.stays_float(name) else None
 
 
 def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None) -> LayerPlan:
@@ -137,9 +182,10 @@ def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None)
     fp16_bytes = FP16_BYTES * inputs * outputs
     if skip is not None:
         return LayerPlan(name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes)
-    group_size, grouping = group_for(inputs, recipe.wgts.group_size, recipe.weight_only)
-    rank, ranking = _rank_for(inputs, outputs, recipe)
-    planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(recipe))
+    own = recipe.of_layer(name)
+    group_size, grouping = group_for(inputs, own.wgts.group_size, own.weight_only)
+    rank, ranking = _rank_for(inputs, outputs, own)
+    planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(own)) + branch_allowance(fp16_bytes, own)
     return LayerPlan(
         name, part_of(name), inputs, outputs, None, group_size, grouping, rank, ranking, fp16_bytes, planned
     )
@@ -158,6 +204,8 @@ def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
     low_rank = recipe.wgts.low_rank
     if low_rank is None:
         return 0, ""
+    if low_rank.rank == AUTO:
+        return 0, RANK_IS_OPEN
     largest, limit = min(inputs, outputs), "the layer's smaller side"
     if low_rank.max_overhead is not None:
         capped = int(low_rank.max_overhead * inputs * outputs / (inputs + outputs))
@@ -166,6 +214,27 @@ def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
     if low_rank.rank <= largest:
         return low_rank.rank, ""
     return largest, f"rank {low_rank.rank} asked for; {limit} allows {largest}"
+
+
+def branch_allowance(fp16_bytes: int, own: Recipe) -> int:
+    """Bytes that a layer with an open rank puts into the budget of all branches, 0 with a given rank.
+
+    Args:
+        fp16_bytes: of its weight.
+        own: the layer's own recipe.
+    """
+    low_rank = own.wgts.low_rank
+    if low_rank is None or low_rank.rank != AUTO or low_rank.max_overhead is None:
+        return 0
+    return int(low_rank.max_overhead * fp16_bytes)
+
+
+def with_rank(plan: LayerPlan, rank: int, recipe: Recipe) -> LayerPlan:
+    """The plan of a layer whose rank was open, with the rank that it got."""
+    grid = grid_of(recipe.of_layer(plan.name))
+    planned = stored_bytes(plan.in_features, plan.out_features, plan.group_size, rank, grid)
+    told = f"rank {rank} of the budget for all layers (wgts.low_rank.rank: auto)"
+    return replace(plan, rank=rank, ranking=told, planned_bytes=planned)
 
 
 def _plan_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> LayerPlan:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Sam2Model
 
+from samq.calib.block_walk import BlockWalk
 from samq.calib.calibrate import calibrate
 from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder, MaskDecoder
 from samq.calib.prompts import clicks, grid
+from samq.calib.spool import CPU_BUDGET, Spool
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.quant.folds import Folds
 from samq.quant.layers import LayerCodes
-from samq.quant.passes import HESSIAN, LayerNotes, Pass, Work, passes_for
+from samq.quant.passes import HESSIAN, LayerNotes, Pass, Quantize, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan, require_layers
 from samq.quant.sites import linear_at
 
@@ -78,12 +80,26 @@ def quantize(
         if not bool(torch.isfinite(tensor).all()):
             raise BadInput(f"{name} holds values that are not finite; check the checkpoint")
     work = Work(copy.deepcopy(model), recipe, chosen, {}, tick=tick)
-    for step in passes:
-        looks = step.needs or not step.exact  # what changes nothing and asks for nothing comes before calibration
-        if needs and looks and not work.statistics and calibration is not None:
-            work.statistics = _gather(work, calibration, HESSIAN in needs)
-        _run(step, work)
-    return Quantized(work.model, work.codes, plans, work.notes, work.folds)
+    with_hessian, in_sequence = HESSIAN in needs, recipe.calib.mode == "sequential"
+    with Spool(CPU_BUDGET) as pixels:
+        if in_sequence and needs and calibration is not None:
+            calibration = _kept(calibration, pixels)
+            work.walk = BlockWalk(work.model, pixels, with_hessian)
+            with_hessian = any(HESSIAN in step.needs for step in passes if not isinstance(step, Quantize))
+        for step in passes:
+            looks = step.needs or not step.exact  # what changes nothing and asks for nothing comes before calibration
+            if needs and looks and not work.statistics and calibration is not None:
+                work.statistics = _gather(work, calibration, with_hessian)
+            _run(step, work)
+    decided = [work.plans.get(plan.name, plan) for plan in plans]
+    return Quantized(work.model, work.codes, decided, work.notes, work.folds)
+
+
+def _kept(batches: Iterable[Tensor], pixels: Spool) -> Iterator[Tensor]:
+    """The batches, each of which is kept as it passes."""
+    for batch in batches:
+        pixels.append(batch)
+        yield batch
 
 
 def _gather(work: Work, calibration: Iterable[Tensor], with_hessian: bool) -> dict[str, InputStatistics]:

@@ -1,28 +1,56 @@
-"""Rotation of attention values, folded offline (QuaRot, arXiv 2404.00456, section 4, stage 1c).
+"""Rotations that are folded offline (QuaRot, arXiv 2404.00456): activations whose channels are all of like size.
 
-Attention mixes tokens, never channels of a head, so with an orthogonal R per head
+Attention values (section 4, stage 1c). Attention mixes tokens, never channels of a head; with an orthogonal R per head
     out = W_o · v = (W_o Rᵀ)(R v)
-and R goes into the rows of v's projection, Rᵀ into the columns of the output projection. Widths of Hiera's heads are no
-powers of two; the Kronecker product of a Hadamard matrix (2ⁿ) and an orthonormal DCT-II (the odd factor) is orthogonal,
-and no entry is larger than √2/√width, so that one outlier is spread over the head.
+and R goes into the rows of v's projection, Rᵀ into the columns of the output projection.
+
+Residual streams (stage 1a) are in `samq.quant.streams`. Where a Hadamard matrix of a width can be had it is R, and one
+outlier is spread evenly. Elsewhere R is the Kronecker product of a Hadamard matrix (2ⁿ) and an orthonormal DCT-II (the
+odd factor), of which no entry is larger than √2/√width.
 """
 
 from __future__ import annotations
 
 import scipy.fft  # type: ignore[import-untyped]
-import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
+from samq.quant.hadamard import hadamard
 from samq.quant.sites import FoldSite
 
 
 def spreading_rotation(width: int) -> Tensor:
     """Orthogonal [width, width] float64 matrix with entries of like size."""
+    whole = hadamard(width)
+    if whole is not None:
+        return whole.div(width**0.5)
     power = width & -width
-    hadamard = torch.tensor(scipy.linalg.hadamard(power), dtype=torch.float64) / power**0.5
+    part = hadamard(power)
+    assert part is not None
     odd = torch.tensor(scipy.fft.dct(torch.eye(width // power).numpy().astype("float64"), norm="ortho", axis=0))
-    return torch.kron(hadamard, odd)
+    return torch.kron(part / power**0.5, odd)
+
+
+def mean_keeping_rotation(width: int, seed: int = 0) -> Tensor:
+    """Orthogonal R [width, width] in float64 with entries of like size and R 1 = 1.
+
+    A token's mean and deviation are the same in the new basis, and so LayerNorm without gain commutes with R. R is a
+    spreading H, rows signed such that H 1 = √n e₀, and then the reflection that takes √n e₀ to 1.
+
+    Args:
+        width: n.
+        seed: of the rows' signs, without which the first column stayed where it is.
+    """
+    spreading = spreading_rotation(width)
+    spreading = spreading * torch.sign(spreading[0])
+    signs = 2.0 * torch.randint(2, (width, 1), generator=torch.Generator().manual_seed(seed)) - 1.0
+    signs[0] = 1
+    rotation = spreading * signs
+    normal = torch.full((width, 1), -(width**-0.5), dtype=torch.float64)
+    normal[0] += 1
+    if width == 1:
+        return rotation
+    return rotation - normal @ (normal.T @ rotation) * (2 / normal.square().sum())
 
 
 @torch.no_grad()

@@ -7,6 +7,11 @@
 |                 |                              | mixes tokens only             | offset, as its weights sum to one   |
 | ReLU in between | an MLP's next linear         | the rows of the linear before | diag(s), s > 0: relu(s·x)=s·relu(x) |
 
+Queries and keys of an attention could be changed exactly, too: the signs of channels in both (Bimodal Integration of
+PTQ4SAM, Lv et al., arXiv 2405.03144, for keys in two clouds of opposite sign), a scale of one against the other, an
+offset of the keys. No such fold is made. It is of use to integer products of queries and keys, and attention runs in
+floating point here; the weights before it do not gain, for each row has scales of its own and −w rounds as w does.
+
 Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNorms also feed the residual stream. A
 LayerNorm behind which windows are filled up with zeros takes no offset, for these zeros would not have it.
 """

@@ -26,7 +26,10 @@ ALPHAS = tuple(tenths / 10 for tenths in range(11))
 
 @torch.no_grad()
 def best_alpha(
-    layers: Sequence[nn.Linear], group_sizes: Sequence[int], statistics: Sequence[InputStatistics], recipe: Recipe
+    layers: Sequence[nn.Linear],
+    group_sizes: Sequence[int],
+    statistics: Sequence[InputStatistics],
+    recipes: Sequence[Recipe],
 ) -> float:
     """The one of ALPHAS with the least error, summed over layers that read the same inputs.
 
@@ -34,14 +37,14 @@ def best_alpha(
         layers: float layers [N, K] of one site.
         group_sizes: of their weights.
         statistics: of their inputs; each has seen some.
-        recipe: formats of weights and activations.
+        recipes: each layer's own (`Recipe.of_layer`), for formats of weights and activations.
     """
-    inputs, weights = magnitudes(layers, statistics, recipe.weight_only)
+    inputs, weights = magnitudes(layers, statistics, recipes[0].weight_only)
 
     def error_of(alpha: float) -> float:
         factors = smoothing_factors(inputs, weights, alpha)
-        parts = zip(layers, group_sizes, statistics, strict=True)
-        return sum(rounding_error(layer.weight, size, entry, factors, recipe) for layer, size, entry in parts)
+        parts = zip(layers, group_sizes, statistics, recipes, strict=True)
+        return sum(rounding_error(layer.weight, size, entry, factors, own) for layer, size, entry, own in parts)
 
     return min(ALPHAS, key=error_of)
 
@@ -59,9 +62,10 @@ def rounding_error(
     """
     smoothed = statistics.rescaled(1 / factors)
     scaled = weight.float() * factors
-    importance = None if recipe.wgts.kernel_gptq is None else smoothed.sample.square().sum(0)
-    grid = grid_of(recipe)
-    rounded = round_to_grid(scaled, choose_scales(scaled, grid, group_size, importance), grid).dequantize()
+    asked, grid = recipe.wgts.scales, grid_of(recipe)
+    importance = smoothed.sample.square().sum(0) if asked.weighted else None
+    scales = choose_scales(scaled, grid, group_size, importance, asked.norm)
+    rounded = round_to_grid(scaled, scales, grid).dequantize()
     of_inputs = input_grid(recipe.ipts, scaled, smoothed)
     inputs = smoothed.sample if of_inputs is None else of_inputs.fake_quantize(smoothed.sample)
     exact = statistics.sample @ weight.float().T

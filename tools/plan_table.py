@@ -9,22 +9,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from transformers import Sam2Model
 
-from samq.quant.config import Recipe
-from samq.quant.plan import LayerPlan, describe_request, make_plan
+from samq.quant.config import AUTO, Recipe
+from samq.quant.plan import RANK_IS_OPEN, LayerPlan, describe_request, make_plan
+from samq.quant.streams import residual_streams
 
 PIPED_WIDTH = 240  # characters; a file or pager does not wrap, so no cell should
 
 
-def plan_as_json(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> dict[str, Any]:
+def plan_as_json(model: Sam2Model, recipe: Recipe, parts: Collection[str]) -> dict[str, Any]:
     """The plan as JSON values."""
     plans = make_plan(model, recipe, parts)
     rows = [asdict(plan) | {"becomes": _becomes(plan, recipe)} for plan in plans]
-    return {"layers": rows, "total": _totals(plans)}
+    return {"layers": rows, "total": _totals(plans), "residual_streams": _streams(model, recipe)}
 
 
-def print_plan(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> None:
+def print_plan(model: Sam2Model, recipe: Recipe, parts: Collection[str]) -> None:
     """The plan as a table on stdout."""
     plans = make_plan(model, recipe, parts)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -48,13 +49,27 @@ def print_plan(model: nn.Module, recipe: Recipe, parts: Collection[str]) -> None
         f"\n{totals['quantized']} layers quantized, {totals['kept']} kept; "
         f"{totals['fp16_bytes']:,} → {totals['planned_bytes']:,} bytes of weights against FP16"
     )
+    for stream in _streams(model, recipe):
+        done = f"not rotated: {stream['kept_because']}" if stream["kept_because"] else "rotated"
+        console.print(f"residual stream of stage {stream['stage']} (width {stream['width']}) {done}")
+
+
+def _streams(model: Sam2Model, recipe: Recipe) -> list[dict[str, Any]]:
+    """What becomes of each residual stream, when they are to be rotated."""
+    if not recipe.rotation.residual:
+        return []
+    return [
+        {"stage": stream.level + 1, "width": stream.width, "kept_because": stream.obstacle}
+        for stream in residual_streams(model)
+    ]
 
 
 def _becomes(plan: LayerPlan, recipe: Recipe) -> str:
     if plan.skip is not None:
         return "float"
-    branch = f" + rank {plan.rank}" if plan.rank else ""
-    return f"{describe_request(recipe)}, groups of {plan.group_size}{branch}"
+    rank = AUTO if plan.ranking == RANK_IS_OPEN else plan.rank
+    branch = f" + rank {rank}" if rank else ""
+    return f"{describe_request(recipe.of_layer(plan.name))}, groups of {plan.group_size}{branch}"
 
 
 def _totals(plans: list[LayerPlan]) -> dict[str, int]:

@@ -98,11 +98,28 @@ def test_rotating_is_as_if_the_inputs_had_been_rotated(with_hessian: bool) -> No
         torch.testing.assert_close(getattr(rotated, name), getattr(turned, name), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("far", [0.0, 1.0, 30.0])
+def test_mean_and_covariance(far: float) -> None:
+    entry = InputStatistics.empty(6, True, CPU)
+    seen = [x + far for x in batches(200, 300)]
+    for x in seen:
+        x[:, 4] = far
+        entry.add(x)
+    rows = torch.cat(seen).double()
+    torch.testing.assert_close(entry.mean(), rows.mean(0), rtol=1e-6, atol=1e-6)
+    around = rows - rows.mean(0)
+    found = entry.covariance().double()
+    assert float((found - around.T @ around).norm() / (around.T @ around).norm()) < 1e-5 * (1 + far)
+    assert (found.diagonal() >= 0).all()
+
+
 def test_statistics_of_no_row_stay_so() -> None:
     entry = InputStatistics.empty(6, True, CPU)
     entry.rotate(torch.eye(6, dtype=torch.float64))
     assert entry.rows == 0
     assert (entry.low > entry.high).all()
+    assert not entry.mean().any()
+    assert not entry.covariance().any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

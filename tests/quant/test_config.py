@@ -17,6 +17,7 @@ from samq.quant.config import (
     LowRankConfig,
     Recipe,
     RotationConfig,
+    ScalesConfig,
     ShiftConfig,
     SmoothConfig,
     WeightsConfig,
@@ -81,7 +82,10 @@ def test_presets_are_the_documented_ones() -> None:
     rtn, gptq = load_recipe("int4_w4a8_rtn"), load_recipe("int4_w4a8")
     assert rtn.wgts.kernel_gptq is None
     assert gptq.wgts.kernel_gptq == GptqConfig(block_size=128, damp_percentage=0.01)
-    assert gptq.wgts.model_copy(update={"kernel_gptq": None}) == rtn.wgts
+    assert gptq.wgts.scales == ScalesConfig(method="mse", weighted=True)
+    assert rtn.wgts.scales == ScalesConfig(method="mse", weighted=False) == ScalesConfig()
+    without = {"kernel_gptq": None, "scales": ScalesConfig()}
+    assert gptq.wgts.model_copy(update=without) == rtn.wgts
     assert load_recipe("int4_svdquant").wgts.low_rank == LowRankConfig(rank=32, compensate=False)
 
 
@@ -105,8 +109,14 @@ wgts:
   skip_first_block: false
   skip_last_block: false
   skip_decoder: true
+  scales:
+    method: mse
+    p: 3.0
+    weighted: false
+  bias_correction: false
   kernel_gptq: null
   low_rank: null
+layers: {}
 ipts: null
 shift:
   enabled: false
@@ -115,9 +125,11 @@ smooth:
   alpha: 0.5
 rotation:
   enabled: false
+  residual: false
 calib:
   num_samples: 128
   batch_size: 1
+  mode: one_pass
   path: null
 """
     assert Recipe(wgts=WeightsConfig(dtype="sint4")).to_yaml() == resolved
@@ -133,14 +145,22 @@ recipes = st.builds(
         dtype=st.sampled_from(["uint4", "sint4"]),
         group_shapes=st.sampled_from([-1, 16, 32, 64, 128, 256]).map(lambda n: [[1, n]]),
         skip_decoder=st.booleans(),
+        scales=st.builds(ScalesConfig, method=st.sampled_from(["mse", "p_norm"]), p=st.floats(0.5, 16)),
+        bias_correction=st.booleans(),
         kernel_gptq=st.none() | st.builds(GptqConfig, damp_percentage=fractions),
-        low_rank=st.none() | st.builds(LowRankConfig, max_overhead=st.none() | fractions),
+        low_rank=st.none()
+        | st.builds(LowRankConfig, max_overhead=st.none() | fractions)
+        | st.builds(LowRankConfig, rank=st.just("auto"), weighting=st.sampled_from(["diagonal", "full"])),
     ),
     ipts=st.none() | st.builds(InputsConfig, dtype=st.just("sint8"), mode=st.just("dynamic")),
     shift=st.builds(ShiftConfig, enabled=st.booleans()),
     smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto")),
-    rotation=st.builds(RotationConfig, enabled=st.booleans()),
-    calib=st.builds(CalibConfig, path=st.none() | st.text(st.characters(codec="utf-8"))),
+    rotation=st.builds(RotationConfig, enabled=st.just(True), residual=st.booleans()) | st.just(RotationConfig()),
+    calib=st.builds(
+        CalibConfig,
+        mode=st.sampled_from(["one_pass", "sequential"]),
+        path=st.none() | st.text(st.characters(codec="utf-8")),
+    ),
 )
 
 
@@ -154,10 +174,16 @@ def test_any_recipe_round_trips(recipe: Recipe) -> None:
     [
         ("  low_rank: {}\n", False),
         ("  low_rank: {compensate: true}\n", True),
+        ("  low_rank: {weighting: diagonal}\n", True),
+        ("  low_rank: {rank: auto}\n", False),
+        ("rotation: {enabled: true, residual: true}\n", False),
         ("ipts: {mode: dynamic}\n", False),
         ("ipts: {mode: dynamic, granularity: per_token}\nrotation: {enabled: true}\n", False),
         ("ipts: {mode: static}\n", True),
         ("  kernel_gptq: {}\n", True),
+        ("  bias_correction: true\n", True),
+        ("  scales: {weighted: true}\n", True),
+        ("  scales: {method: max}\n", False),
         ("shift: {enabled: true}\n", True),
         ("smooth: {enabled: true}\n", True),
     ],
@@ -181,8 +207,8 @@ def test_needs_calibration(content: str, needs_calibration: bool) -> None:
         (SINT4 + "gptq: {}\n", 3, "gptq", "did you mean wgts.kernel_gptq?"),
         (SINT4 + "calib: {Path: x}\n", 3, "calib.Path", "did you mean calib.path?"),
         (SINT4 + "calib.path: x\n", 3, "calib.path", "write calib: {path: ...}"),
-        (SINT4 + "xyzzy: 1\n", 3, "xyzzy", "known keys here: wgts, ipts, shift, smooth, rotation, calib"),
-        (SINT4 + "on: 1\n", 3, "on", "known keys here: wgts, ipts, shift, smooth, rotation, calib"),
+        (SINT4 + "xyzzy: 1\n", 3, "xyzzy", "known keys here: wgts, layers, ipts, shift, smooth, rotation, calib"),
+        (SINT4 + "on: 1\n", 3, "on", "known keys here: wgts, layers, ipts, shift, smooth, rotation, calib"),
     ],
 )
 def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
@@ -236,12 +262,12 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
         (
             f"{SINT4}rotation: {'x' * 99}\n",
             3,
-            f"rotation: '{'x' * 59}... is not a mapping; its keys are enabled",
+            f"rotation: '{'x' * 59}... is not a mapping; its keys are enabled, residual",
         ),
         (
             "# c\n- wgts\n",
             2,
-            "the file: - wgts is not a mapping; its keys are wgts, ipts, shift, smooth, rotation, calib",
+            "the file: - wgts is not a mapping; its keys are wgts, layers, ipts, shift, smooth, rotation, calib",
         ),
         (
             "\nwgts:\n  skip_decoder: true\n",
@@ -264,6 +290,14 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             "wgts.kernel_gptq.block_size must be at least 1, not 0 (columns rounded between two updates of the rest)",
         ),
         (
+            SINT4 + "  scales:\n    p: 0\n",
+            4,
+            "wgts.scales.p must be more than 0, not 0 (power of the rounding errors that p_norm adds up)",
+        ),
+        (SINT4 + "  scales:\n    method: l2\n", 4, "wgts.scales.method: 'l2' is not one of max, mse, p_norm"),
+        (SINT4 + "  scales: mse\n", 3, "wgts.scales: 'mse' is not a mapping; its keys are method, p, weighted"),
+        (SINT4 + "calib: {mode: blockwise}\n", 3, "calib.mode: 'blockwise' is not one of one_pass, sequential"),
+        (
             SINT4 + "  kernel_gptq:\n    damp_percentage: 1\n",
             4,
             "wgts.kernel_gptq.damp_percentage must be less than 1, not 1 "
@@ -275,6 +309,27 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             "wgts.low_rank.rank must be at most 1024, not 1025 "
             "(a branch of higher rank stores more than the largest layer of SAM ViT-H, 1280 x 5120)",
         ),
+        (
+            SINT4 + "  low_rank: {rank: atuo}\n",
+            3,
+            "wgts.low_rank.rank: 'atuo' is neither auto nor a number from 1 to 1024",
+        ),
+        (
+            SINT4 + "  low_rank: {rank: 8.5}\n",
+            3,
+            "wgts.low_rank.rank: 8.5 is not a whole number such as 128, without quotes or point",
+        ),
+        (
+            SINT4 + "  low_rank: {rank: auto, max_overhead: null}\n",
+            3,
+            "wgts.low_rank.max_overhead: null leaves rank: auto without a budget; give a fraction of the FP16 bytes",
+        ),
+        (
+            SINT4 + "  low_rank: {weighting: ful}\n",
+            3,
+            "wgts.low_rank.weighting: 'ful' is not one of none, diagonal, full",
+        ),
+        (SINT4 + "rotation: {residual: true}\n", 3, "rotation.residual: true needs enabled: true"),
         (
             SINT4 + "  low_rank: {max_overhead: 0}\n",
             3,
@@ -339,6 +394,11 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             SINT4 + "ipts:\n  dtype: uint8\n  mode: dynamic\n",
             4,
             "ipts.dtype: uint8 needs mode: static, for dynamic scales are symmetric; use sint8",
+        ),
+        (
+            SINT4 + "  scales: {method: max, weighted: true}\n",
+            3,
+            "wgts.scales.method: max adds up no errors that could be weighted; use mse or p_norm",
         ),
         (
             SINT4 + "  skip_patch_embed: false\n",

@@ -15,7 +15,19 @@ from samq.quant.config import Recipe, preset_names
 from samq.quant.gptq import output_error
 from samq.quant.grids import round_to_grid
 from samq.quant.layers import QuantizedLinear
-from samq.quant.passes import HESSIAN, RANGE, Quantize, RotateValues, RoundRest, Shift, Smooth, Work, passes_for
+from samq.quant.passes import (
+    HESSIAN,
+    RANGE,
+    ChooseRanks,
+    Quantize,
+    RotateStreams,
+    RotateValues,
+    RoundRest,
+    Shift,
+    Smooth,
+    Work,
+    passes_for,
+)
 from samq.quant.plan import grid_of, make_plan
 from samq.quant.scales import choose_scales
 from samq.quant.sites import fold_sites, linear_at
@@ -80,7 +92,7 @@ def test_channels_are_shifted_then_smoothed_then_rotated() -> None:
 
 
 def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
-    recipe = recipe_of("int4_w4only", wgts={"group_shapes": [[1, 16]]})
+    recipe = recipe_of("int4_w4only", wgts={"group_shapes": [[1, 16]], "bias_correction": False})
     entry = statistics_of(inputs(200) + 0.1 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1)))
     assert entry.hessian is not None
     hessian = entry.hessian.clone()
@@ -91,7 +103,7 @@ def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
     weight = small_model.get_submodule(LAYER).weight.detach()
     left = output_error(weight - work.codes[LAYER].effective_weight(), hessian)
     assert notes.output_error == pytest.approx(left / output_error(weight, hessian), rel=1e-4)
-    scales = choose_scales(weight, grid_of(recipe), 16, hessian.diagonal())
+    scales = choose_scales(weight, grid_of(recipe), 16, hessian.diagonal(), recipe.wgts.scales.norm)
     assert left < output_error(weight - round_to_grid(weight, scales, grid_of(recipe)).dequantize(), hessian)
     assert entry.hessian is None, "the Hessians of done layers are freed"
 
@@ -134,10 +146,69 @@ def test_without_inputs_weights_are_rounded_to_nearest(
     codes = work.codes[LAYER]
     weight = small_model.get_submodule(LAYER).weight.detach()
     residual = weight if codes.branch is None else weight - codes.branch.product()
-    nearest = round_to_grid(residual, choose_scales(residual, grid_of(recipe), 32), grid_of(recipe))
+    scales = choose_scales(residual, grid_of(recipe), 32, norm=recipe.wgts.scales.norm)
+    nearest = round_to_grid(residual, scales, grid_of(recipe))
     assert torch.equal(codes.weight.codes, nearest.codes)
     assert codes.inputs is not None
     assert codes.inputs.scale is not None
+
+
+def mean_output(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """[N] in float64."""
+    assert bias is not None
+    return (rows.double() @ weight.double().T + bias.double()).mean(0)
+
+
+@pytest.mark.parametrize("gptq", [None, {"block_size": 128, "damp_percentage": 0.01}])
+@pytest.mark.parametrize("low_rank", [None, {"rank": 4, "max_overhead": None}])
+def test_bias_correction_keeps_the_mean_output(
+    small_model: Sam2Model, gptq: dict[str, object] | None, low_rank: dict[str, object] | None
+) -> None:
+    rows = 3 + inputs(200)
+    layer = small_model.get_submodule(LAYER)
+    exact, off, errors = mean_output(layer.weight.detach(), layer.bias.detach(), rows), [], []
+    for corrected in (False, True):
+        wgts = {"kernel_gptq": gptq, "low_rank": low_rank, "bias_correction": corrected}
+        work = quantized(small_model, recipe_of("int4_w4only", wgts=wgts), statistics_of(rows))
+        codes = work.codes[LAYER]
+        off.append(float((mean_output(codes.effective_weight(), codes.bias, rows) - exact).norm()))
+        answers = [
+            rows.double() @ w.double().T + b.double() for w, b in ((layer.weight.detach(), layer.bias.detach()),)
+        ]
+        answers.append(rows.double() @ codes.effective_weight().double().T + codes.bias.double())
+        total = (answers[0] - layer.bias.detach()).square().sum()
+        errors.append(float((answers[1] - answers[0]).square().sum() / total))
+        assert work.notes[LAYER].output_error == pytest.approx(errors[-1], rel=1e-2, abs=1e-9)
+    assert off[1] < 1e-5 * float(exact.norm())
+    assert off[1] < 0.01 * off[0]
+    assert errors[1] < errors[0]
+
+
+def test_nothing_is_corrected_without_inputs_or_a_bias(small_model: Sam2Model) -> None:
+    recipe = recipe_of(wgts={"bias_correction": True})
+    found = quantized(small_model, recipe, statistics_of(inputs(0))).codes[LAYER].bias
+    assert torch.equal(found, small_model.get_submodule(LAYER).bias)
+    model = copy.deepcopy(small_model)
+    model.get_submodule(LAYER).bias = None
+    work = quantized(model, recipe, statistics_of(3 + inputs(200)))
+    assert work.codes[LAYER].bias is None
+    assert work.notes[LAYER].output_error is not None
+
+
+def test_scales_are_chosen_as_asked(small_model: Sam2Model) -> None:
+    rows = inputs(200) * torch.logspace(-1, 1, 32)
+    weight, group = small_model.get_submodule(LAYER).weight.detach(), {"group_shapes": [[1, 16]], "kernel_gptq": None}
+    importance = rows.square().mean(0)
+    for scales, norm, of_inputs in (
+        ({"method": "max", "weighted": False}, None, None),
+        ({"method": "mse", "weighted": False}, 2.0, None),
+        ({"method": "p_norm", "p": 3.5, "weighted": False}, 3.5, None),
+        ({"method": "mse", "weighted": True}, 2.0, importance),
+    ):
+        recipe = recipe_of("int4_w4only", wgts=group | {"scales": scales})
+        found = quantized(small_model, recipe, statistics_of(rows, with_hessian=False)).codes[LAYER].weight.scales
+        expected = choose_scales(weight, grid_of(recipe), 16, of_inputs, norm)
+        torch.testing.assert_close(found.scale, expected.scale)
 
 
 @pytest.mark.parametrize("compensate", [True, False])
@@ -156,6 +227,98 @@ def test_compensation_needs_a_hessian_even_with_rounding_to_nearest() -> None:
     low_rank = {"rank": 8, "compensate": True, "max_overhead": None}
     recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": low_rank})
     assert Quantize(recipe).needs == {HESSIAN}
+
+
+def test_a_branch_weighted_by_the_inputs_leaves_less_of_the_output(small_model: Sam2Model) -> None:
+    rows = inputs(200) + 0.3 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for weighting in ("none", "diagonal", "full"):
+        low_rank = {"rank": 8, "weighting": weighting, "max_overhead": None}
+        recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": low_rank})
+        assert Quantize(recipe).needs == (frozenset() if weighting == "none" else {HESSIAN})
+        work = quantized(small_model, recipe, statistics_of(rows))
+        weight = small_model.get_submodule(LAYER).weight.detach()
+        hessian = statistics_of(rows).hessian
+        assert hessian is not None
+        errors[weighting] = output_error(weight - work.codes[LAYER].effective_weight(), hessian)
+    assert errors["full"] < errors["diagonal"] < errors["none"]
+
+
+@pytest.mark.parametrize("rows", [inputs(0), torch.zeros(8, 32)], ids=["none", "zeros"])
+@pytest.mark.parametrize("weighting", ["diagonal", "full"])
+def test_without_inputs_a_branch_has_no_weights(small_model: Sam2Model, rows: Tensor, weighting: str) -> None:
+    branches = []
+    for asked in (weighting, "none"):
+        low_rank = {"rank": 8, "weighting": asked, "max_overhead": None}
+        recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": low_rank})
+        branches.append(quantized(small_model, recipe, statistics_of(rows)).codes[LAYER].branch)
+    assert branches[0] is not None
+    assert branches[1] is not None
+    assert torch.equal(branches[0].product(), branches[1].product())
+
+
+AUTO_RANK = {"rank": "auto", "max_overhead": 0.1}
+
+
+@pytest.mark.parametrize("weighting", ["none", "full"])
+def test_ranks_share_one_budget(small_model: Sam2Model, weighting: str) -> None:
+    recipe = recipe_of("int4_svdquant", wgts={"low_rank": AUTO_RANK | {"weighting": weighting}})
+    work = work_on_all_layers(small_model, recipe)
+    planned = sum(plan.planned_bytes for plan in work.plans.values())
+    names = list(work.plans)
+    assert ChooseRanks(recipe).apply(work) == names
+    ranks = {name: plan.rank for name, plan in work.plans.items()}
+    spent = sum(2 * rank * (work.plans[n].in_features + work.plans[n].out_features) for n, rank in ranks.items())
+    budget = 0.1 * sum(plan.fp16_bytes for plan in work.plans.values())
+    assert 0.9 * budget < spent <= budget
+    assert {rank % 8 for rank in ranks.values()} == {0}
+    assert len(set(ranks.values())) > 1
+    assert sum(plan.planned_bytes for plan in work.plans.values()) <= planned
+    again = work_on_all_layers(small_model, recipe)
+    ChooseRanks(recipe).apply(again)
+    assert again.plans == work.plans
+
+
+def test_the_layer_that_gains_most_gets_the_rank(small_model: Sam2Model) -> None:
+    """Of layers alike, that whose weight is of low rank."""
+    recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": AUTO_RANK})
+    work = work_on_all_layers(small_model, recipe)
+    first, second = (f"vision_encoder.backbone.blocks.{block}.mlp.proj_in" for block in (3, 2))
+    work.plans = {name: work.plans[name] for name in (first, second)}
+    weight = linear_at(work.model, second).weight
+    with torch.no_grad():
+        weight.copy_(0.1 * weight + 5 * torch.outer(weight[:, 0], weight[0]))
+    ChooseRanks(recipe).apply(work)
+    assert work.plans[first].rank == 0
+    assert work.plans[second].rank > 0
+    assert work.plans[second].ranking == f"rank {work.plans[second].rank} of the budget for all layers " + (
+        "(wgts.low_rank.rank: auto)"
+    )
+
+
+def test_ranks_without_moments_do_not_depend_on_whether_there_are_any(small_model: Sam2Model) -> None:
+    """A Hessian that is gathered for the report only must not change the weights."""
+    recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": AUTO_RANK})
+    with_moments, without = work_on_all_layers(small_model, recipe), work_on_all_layers(small_model, recipe)
+    without.statistics = {}
+    for work in (with_moments, without):
+        ChooseRanks(recipe).apply(work)
+    assert with_moments.plans == without.plans
+
+
+def test_layers_with_a_rank_of_their_own_keep_it(small_model: Sam2Model) -> None:
+    name = "vision_encoder.backbone.blocks.3.mlp.proj_in"
+    own = {"low_rank": {"rank": 3, "max_overhead": None}}
+    recipe = recipe_of("int4_w4only_rtn", wgts={"low_rank": AUTO_RANK}, layers={name: own})
+    work = work_on_all_layers(small_model, recipe)
+    assert name not in ChooseRanks(recipe).apply(work)
+    assert work.plans[name].rank == 3
+
+
+def test_ranks_are_chosen_after_all_folds_and_streams_rotated_before() -> None:
+    recipe = recipe_of("int4_svdquant", wgts={"low_rank": AUTO_RANK}, rotation={"enabled": True, "residual": True})
+    kinds = [type(step) for step in passes_for(recipe)]
+    assert kinds == [RotateStreams, Shift, Smooth, RotateValues, ChooseRanks, Quantize, RoundRest]
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
@@ -277,7 +440,7 @@ def test_the_search_finds_an_alpha_for_each_site(small_model: Sam2Model, preset:
     work = work_on_all_layers(small_model, recipe_of(preset))
     layer = "vision_encoder.backbone.blocks.0.attn.proj"  # of the first site that is smoothed
     best = best_alpha(
-        [linear_at(small_model, layer)], [work.plans[layer].group_size], [work.statistics[layer]], work.recipe
+        [linear_at(small_model, layer)], [work.plans[layer].group_size], [work.statistics[layer]], [work.recipe]
     )
     fixed, searched = work, copy.deepcopy(work)
     Smooth(best).apply(fixed)

@@ -13,7 +13,7 @@ from samq.quant.config import Recipe, load_recipe, preset_names
 from samq.quant.grids import Grid, round_to_grid
 from samq.quant.layers import LayerCodes
 from samq.quant.low_rank import truncated_svd
-from samq.quant.plan import LayerPlan, describe_request, grid_of, group_for, make_plan
+from samq.quant.plan import RANK_IS_OPEN, LayerPlan, describe_request, grid_of, group_for, make_plan, with_rank
 from samq.quant.scales import choose_scales
 
 BLOCK = "vision_encoder.backbone.blocks"
@@ -127,6 +127,16 @@ def test_convolutions_and_narrow_layers_stay_float(small_model: Sam2Model) -> No
 def test_ranks(small_model: Sam2Model, low_rank: dict[str, object], rank: int, told: str) -> None:
     plan = by_name(small_model, recipe_of(wgts={"low_rank": low_rank}))[f"{BLOCK}.0.attn.qkv"]  # [96, 32]
     assert (plan.rank, plan.ranking) == (rank, told)
+
+
+def test_an_open_rank_counts_with_its_share_of_the_budget(small_model: Sam2Model) -> None:
+    low_rank = {"rank": "auto", "max_overhead": 0.1}
+    opened = by_name(small_model, recipe_of(wgts={"low_rank": low_rank}))[f"{BLOCK}.0.attn.qkv"]
+    without = by_name(small_model, recipe_of())[f"{BLOCK}.0.attn.qkv"]
+    assert (opened.rank, opened.ranking) == (0, RANK_IS_OPEN)
+    assert opened.planned_bytes == without.planned_bytes + int(0.1 * opened.fp16_bytes)
+    chosen = with_rank(opened, 8, recipe_of(wgts={"low_rank": low_rank}))
+    assert chosen.planned_bytes == without.planned_bytes + 2 * 8 * (32 + 96)
 
 
 @pytest.mark.parametrize("preset", preset_names())

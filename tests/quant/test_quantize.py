@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 from transformers import Sam2Model
 
 import samq.quant.quantize as runner
-from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, ImageEncoder
+from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe, load_recipe, preset_names
+from samq.quant.inputs import input_grid
 from samq.quant.layers import QuantizedLinear
 from samq.quant.passes import Pass, Quantize, RotateValues, Smooth, Work, passes_for
 from samq.quant.quantize import quantize
+from samq.quant.sites import linear_at
 from samq.tools.demo.hostile import make_hostile
 
 LOOSE = {  # relative error of the image embedding that a format may cost on random weights
@@ -102,6 +107,66 @@ def test_outlier_channels_cost_nothing(small_model: Sam2Model, preset: str, rota
         for model in (small_model, make_hostile(small_model))
     ]
     assert errors[1] < 1.05 * errors[0]
+
+
+SEQUENTIAL = {"mode": "sequential"}
+
+
+@pytest.mark.parametrize("preset", ["int4_w4a8", "int4_svdquant", "int8_w8a8", "int4_w4a8_rtn"])
+@pytest.mark.parametrize("skip_decoder", [True, False])
+def test_in_sequence_every_block_sees_the_quantized_ones_before_it(
+    small_model: Sam2Model, preset: str, skip_decoder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "passes_for", lambda recipe: passes_for(recipe)[:-1])  # the rest stays as it was seen
+    wgts = {"skip_decoder": skip_decoder, "bias_correction": False}
+    plain = quantize(small_model, recipe_of(preset, wgts=wgts), images())
+    ticks: list[str] = []
+    result = quantize(small_model, recipe_of(preset, wgts=wgts, calib=SEQUENTIAL), images(), tick=ticks.append)
+    assert list(result.codes) == list(plain.codes)
+    assert sorted(ticks) == sorted(["calibrate"] * 2 + list(result.codes))
+    changed = []
+    for name, codes in result.codes.items():
+        other = plain.codes[name]
+        same = codes.inputs == other.inputs and torch.equal(codes.effective_weight(), other.effective_weight())
+        assert same or "blocks.0." not in name, name
+        changed += [] if same else [name]
+    assert len(changed) > 0.7 * len(result.codes)
+    # The first block is as in one pass; the grid of the last block's inputs is that of the quantized model's.
+    name = "vision_encoder.backbone.blocks.4.attn.qkv"
+    layer, entry = result.model.get_submodule(name), InputStatistics.empty(96, False, torch.device("cpu"))
+    handle = layer.register_forward_pre_hook(lambda _, args: entry.add(args[0]))
+    with torch.no_grad():
+        for batch in images():
+            ImageEncoder(result.model)(batch)
+    handle.remove()
+    twin = copy.deepcopy(small_model)
+    result.folds.apply(twin)
+    expected = input_grid(recipe_of(preset).ipts, linear_at(twin, name).weight.detach(), entry)
+    assert result.codes[name].inputs == expected
+
+
+def test_in_sequence_hooks_and_files_are_gone_when_a_batch_fails(
+    small_model: Sam2Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches() -> Iterator[Tensor]:
+        yield pixels(1)
+        assert list(tmp_path.rglob("*.pt")), "nothing was spilled, so nothing is tested"
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runner, "CPU_BUDGET", 0)
+    with pytest.raises(OSError, match="the disk went away"):
+        quantize(small_model, recipe_of(calib=SEQUENTIAL), batches())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_in_sequence_without_a_need_for_images(small_model: Sam2Model, measure: bool) -> None:
+    recipe = recipe_of("int4_w4only_rtn", calib=SEQUENTIAL)
+    result = quantize(small_model, recipe, images() if measure else None, measure=measure)
+    plain = quantize(small_model, recipe_of("int4_w4only_rtn"), None)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(result.model), outputs(plain.model), strict=True))
+    assert all((note.output_error is not None) == measure for note in result.notes.values())
 
 
 def test_rounding_weights_needs_no_images(small_model: Sam2Model) -> None:

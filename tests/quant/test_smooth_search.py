@@ -59,7 +59,7 @@ def test_the_error_is_the_equation(recipe: Recipe, alpha: float) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_of_all_alphas_is_found(recipe: Recipe, seed: int) -> None:
     layer, entry = layer_and_inputs(seed)
-    found = best_alpha([layer], [WIDTH], [entry], recipe)
+    found = best_alpha([layer], [WIDTH], [entry], [recipe])
     compared = magnitudes([layer], [entry], recipe.weight_only)
     errors = {
         alpha: rounding_error(layer.weight, WIDTH, entry, smoothing_factors(*compared, alpha), recipe)
@@ -71,14 +71,14 @@ def test_the_best_of_all_alphas_is_found(recipe: Recipe, seed: int) -> None:
 
 def test_weights_of_4_bits_take_less_of_the_range_than_weights_of_8() -> None:
     layer, entry = layer_and_inputs(0, outlier=10)
-    alphas = [best_alpha([layer], [WIDTH], [entry], recipe_of(name)) for name in ("int4_w4a8", "int8_w8a8")]
+    alphas = [best_alpha([layer], [WIDTH], [entry], [recipe_of(name)]) for name in ("int4_w4a8", "int8_w8a8")]
     assert alphas[0] < alphas[1]
 
 
 def test_readers_of_the_same_inputs_are_weighed_alike() -> None:
     """A layer with outputs a thousand times as large does not decide alone."""
     (first, entry), (second, _) = layer_and_inputs(0), layer_and_inputs(1)
-    expected = best_alpha([first, second], [WIDTH] * 2, [entry] * 2, W8A8)
+    expected = best_alpha([first, second], [WIDTH] * 2, [entry] * 2, [W8A8] * 2)
     compared = magnitudes([first, second], [entry] * 2, weights_only=False)
 
     def error_of(alpha: float) -> float:
@@ -96,4 +96,4 @@ def test_a_layer_that_puts_out_nothing_has_no_error() -> None:
     with torch.no_grad():
         layer.weight.zero_()
     assert rounding_error(layer.weight, WIDTH, entry, torch.ones(WIDTH), W8A8) == 0
-    assert best_alpha([layer], [WIDTH], [entry], W8A8) in ALPHAS
+    assert best_alpha([layer], [WIDTH], [entry], [W8A8]) in ALPHAS

@@ -1,0 +1,61 @@
+"""Ranks of low-rank branches under one budget of bytes for all layers (`low_rank.rank: auto`).
+
+Rounding leaves an error in proportion to the energy of what is rounded, so that a branch which takes the first r
+directions of a layer, of energies σ² (see `samq.quant.low_rank.energies`), lowers its relative output error e to about
+
+    e · (1 − Σ_{i ≤ r} σᵢ² / Σᵢ σᵢ²)
+
+Each direction's gain is e σᵢ² / Σ σ², its price the 2 (K + N) bytes of its factors in FP16, to which the FLOPs for a
+token are in proportion. Gains of a layer fall with i. A sum of concave functions is largest when the steps with most
+gain for their price are taken first, whatever layers they belong to (Fox, Operations Research 14(2), 1966).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+RANK_STEP = 8
+"""Ranks are multiples of it, for tensor cores multiply FP16 matrices in tiles whose sides are."""
+BYTES_OF_DIRECTION = 2  # per input and output channel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may get a branch.
+
+    Args:
+        gains: [min(N, K)] error that each direction removes, never rising.
+        channels: K + N.
+    """
+
+    gains: Tensor
+    channels: int
+
+    def price(self, rank: int) -> int:
+        """Bytes of a branch."""
+        return BYTES_OF_DIRECTION * rank * self.channels
+
+
+def share_out(candidates: Sequence[Candidate], budget: int) -> list[int]:
+    """The rank of each layer, in steps of RANK_STEP, all branches within `budget` bytes.
+
+    A layer whose next step is too dear gets no more, and cheaper steps of others are taken instead. Of equal steps the
+    earlier layer's comes first.
+    """
+    steps = []
+    for layer, candidate in enumerate(candidates):
+        whole = len(candidate.gains) // RANK_STEP
+        totals: list[float] = candidate.gains[: whole * RANK_STEP].reshape(whole, RANK_STEP).sum(1).tolist()
+        steps += [(-total / candidate.price(RANK_STEP), layer, index) for index, total in enumerate(totals)]
+    ranks, full = [0] * len(candidates), set[int]()
+    for _, layer, _ in sorted(steps):
+        price = candidates[layer].price(RANK_STEP)
+        if layer in full or price > budget:
+            full.add(layer)
+            continue
+        ranks[layer] += RANK_STEP
+        budget -= price
+    return ranks
