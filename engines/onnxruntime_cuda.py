@@ -34,6 +34,7 @@ from samq.errors import BadInput, MachineLacks, SamqError, UsageError
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 INSTALL = '`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "onnxruntime-gpu[cuda,cudnn]"`'
 WARM_UPS = 3
+BIAS_FUSION = "MatMulAddFusion"  # the runtime's own, see `CudaOptions.gemm_bias`
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -44,7 +45,6 @@ _DTYPES = {
 }
 _GEMMS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 _CODE_BITS = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
-FUSED = "/MatMulAddFusion"  # what the runtime appends to the name of a MatMul with its bias
 _ARITHMETIC = {"float": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 
@@ -60,8 +60,8 @@ class CudaOptions:
         conv_search: how cuDNN's algorithm for a convolution is chosen; "EXHAUSTIVE" times all at the first run.
         nhwc: run convolutions channels last.
         attention: kernel of fused attention, "default" for the provider's own order of preference.
-        mixed_gemm: multiply packed weights without dequantizing them first, where the layer's shape allows.
-        gemm_bias: let the runtime make one Gemm of a MatMul and its bias, which CUDA runs as two GEMMs (math/gemm.cc).
+        gemm_bias: let the runtime make one Gemm of a MatMul and its bias, as it does unasked. CUDA runs two GEMMs for
+            it, one of which spreads the bias (math/gemm.cc), and an Add is faster (docs/onnxruntime-cuda.md).
         tunable: time the provider's tunable operators at the first run and take the fastest variants.
     """
 
@@ -72,8 +72,7 @@ class CudaOptions:
     conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"] = "EXHAUSTIVE"
     nhwc: bool = False
     attention: Literal["default", "flash", "efficient", "cudnn", "unfused"] = "default"
-    mixed_gemm: bool = False
-    gemm_bias: bool = True
+    gemm_bias: bool = False
     tunable: bool = False
 
     def for_provider(self, *, cuda_graph: bool) -> dict[str, str]:
@@ -271,10 +270,8 @@ def cuda_session(path: Path, options: CudaOptions, *, cuda_graph: bool, profile:
     """
     require_cuda()
     session_options = _session_options(profile)
-    if options.mixed_gemm:
-        session_options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     providers = [(CUDA, options.for_provider(cuda_graph=cuda_graph)), CPU]
-    left_out = [] if options.gemm_bias else ["MatMulAddFusion"]
+    left_out = [] if options.gemm_bias else [BIAS_FUSION]
     try:
         session = ort.InferenceSession(
             str(path), session_options, providers=providers, enable_fallback=0, disabled_optimizers=left_out
@@ -436,7 +433,7 @@ def executed_by(session: Any, path: Path, provider: str) -> Execution:
             elsewhere.append(f"{name} ({details['op_name']})")
         layer, _, role = name.partition("/")
         if role.startswith("MatMul") and details["op_name"] != "Cast":  # those that the runtime inserts borrow names
-            compute = unpacked.get(name.partition(FUSED)[0], "") + _compute(details, attributes.get(name, {}))
+            compute = unpacked.get(name, "") + _compute(details, attributes.get(name, {}))
             layers[layer] = Executed(compute if on_provider else f"{compute}, on the CPU", details["op_name"])
     operators = Counter(event["args"]["op_name"] for event in ran)
     return Execution(layers, dict(operators), tuple(elsewhere))

@@ -1,25 +1,27 @@
 """Canonical Q/DQ graph → the graph that ONNX Runtime's CUDA provider runs: FP16 arithmetic, 4- and 8-bit weights.
 
-The provider has MatMulNBits for 4 and 8 bits and any shape (contrib_ops/cuda/quantization/matmul_nbits.cc, binary of
-1.31.1). It dequantizes into FP16 and calls cuBLAS. When asked for (`mixed_gemm` of the engine), and where the block is
-32, 64 or 128 and divides K, and 64 (4 bits) or 32 (8 bits) divides N, it multiplies packed weights in one CUTLASS
-kernel. It has no INT8 GEMM worth having: no MatMulIntegerToFloat and no QLinearMatMul, Q/DQ around a MatMul runs as an
-FP16 GEMM between two rounding passes, and what MatMulInteger gives takes several passes over INT32 to become FP16.
+The provider's one kernel for such weights is MatMulNBits (contrib_ops/cuda/quantization/matmul_nbits.cc). For few rows
+it reads the codes; for more it dequantizes the whole weight at every run and calls cuBLAS. Its GEMM of packed weights
+(fpA_intB) was measured too: no faster on an H100, whose large GEMMs are bound by arithmetic, and an error for shapes
+that it has no kernel for (docs/onnxruntime-cuda.md). It has no INT8 GEMM worth having: no MatMulIntegerToFloat and no
+QLinearMatMul, Q/DQ around a MatMul runs as an FP16 GEMM between two rounding passes, and what MatMulInteger gives takes
+several passes over INT32 to become FP16.
 
 | requested                          | lowered to                                                                |
 |------------------------------------|---------------------------------------------------------------------------|
-| float inputs, 4- or 8-bit weights  | MatMulNBits of those codes                                                |
-| INT8 inputs                        | the inputs stay FP16, for rounding them would buy no speed; MatMulNBits   |
-| … two-level 4-bit weights          | of their INT8 product with the group scale: 4 bits hold no such grid      |
-| … where weights are unpacked       | MatMul of FP16 weights that a session computes when it is made            |
-|   at load (`unpack_at_load`)       | from the codes, the low-rank branch in them                               |
-| low-rank branch                    | MatMuls in FP16                                                           |
+| 4- or 8-bit weights, many rows     | MatMul of FP16 weights that a session computes from the codes when it is  |
+|   or a number that is not known    | made, the low-rank branch in them (`unpack_at_load`)                      |
+| … few rows, or `weights="packed"`  | MatMulNBits of the codes, the low-rank branch as MatMuls in FP16          |
+| two-level 4-bit weights            | the same of their INT8 product with the group scale: 4 bits hold no such  |
+|                                    | grid                                                                      |
+| INT8 inputs                        | FP16 inputs, for rounding them would buy no speed                         |
 | linear layers in front of a Split  | one layer a part (`separate_parts`), which saves the copy                 |
+| biases                             | parts of other operators where there are any (`sink_biases`)              |
 | what is computed from constants    | computed here: ONNX Runtime folds by CPU kernels, and lacks some in FP16  |
 
-The engine reports what INT8 inputs became as "FP16 arithmetic". Weights are what the simulation has, rounded once to
-FP16 where code × scale needs more than 11 bits, and twice where they are asymmetric: CUDA subtracts scale × zero-point
-from the product.
+The engine reports what INT8 inputs became as "FP16". Weights are what the simulation has, rounded once to FP16 where
+code × scale needs more than 11 bits, and packed asymmetric ones twice: CUDA subtracts scale × zero-point from the
+product.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ from samq.export.fuse_attention import (
 from samq.export.graph import Writer, add_initializer, constant_of, remove_unused, replace_value
 from samq.export.half import to_fp16
 from samq.export.lower_onnxruntime import BLOCK_SIZES, packed_codes
+from samq.export.merge_moves import merge_moves
+from samq.export.sink_biases import sink_biases
 from samq.export.unpack_at_load import unpack_at_load
 
 FLOAT = ir.DataType.FLOAT
 FP32_ON_CPU = 1  # accuracy_level of MatMulNBits; the CUDA provider ignores it
 ROW_INPUTS = (1, 2, 3)  # of MatMulNBits: codes, scales and zero-points, all [N, …]
-BIAS_INPUT = 5
 
-Weights = Literal["packed", "dequantized at load", "dequantized"]
+Weights = Literal["dequantized at load", "packed", "dequantized"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,17 @@ class Lowered:
 def lower_for_onnxruntime_cuda(
     model: ir.Model,
     *,
-    weights: Weights = "packed",
+    weights: Weights = "dequantized at load",
     separate: bool = True,
     pairs: bool = True,
-    bias_in_gemm: bool = False,
 ) -> Lowered:
     """Lower a canonical or a float model in place.
 
     Args:
-        weights: keep them in 4 and 8 bits, packed for MatMulNBits or for a session to dequantize them once, when it is
-            made (`samq.export.unpack_at_load`), low-rank branches into them; or write them dequantized, in FP16.
+        weights: keep them in 4 and 8 bits, for a session to dequantize them once, when it is made, or packed for
+            MatMulNBits; or write them dequantized, in FP16.
         separate: see `separate_parts`.
         pairs: see `pair_maxima`.
-        bias_in_gemm: see `draw_bias_into_gemm`.
 
     Raises:
         BadInput: a constant is too large for FP16.
@@ -95,10 +96,10 @@ def lower_for_onnxruntime_cuda(
     rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
     if separate:
         rewrites.append(separate_parts(model))
+    rewrites.append(sink_biases(model))
     if pairs:
         rewrites.append(pair_maxima(model))
-    if bias_in_gemm:
-        rewrites.append(draw_bias_into_gemm(model))
+    rewrites.append(merge_moves(model))
     to_fp16(model)
     if weights == "dequantized at load":
         rewrites.append(unpack_at_load(model))
@@ -154,41 +155,6 @@ def _block_size(layer: str, weight: GemmWeight) -> int:
     if not fitting:
         raise ValueError(f"{layer}: groups of {weight.group_size} are no multiple of {BLOCK_SIZES[-1]}")
     return next((block for block in fitting if inputs % block == 0), fitting[0])
-
-
-def draw_bias_into_gemm(model: ir.Model) -> Rewrite:
-    """Give MatMulNBits the bias that an Add behind it has, also behind the sum with a low-rank branch; in place.
-
-    The mixed GEMM adds it for nothing; where the weight is dequantized first, the provider runs a kernel like Add's.
-    Biases that BiasGelu and SkipLayerNormalization took stay there.
-    """
-    count = 0
-    for add in [node for node in model.graph if node.op_type == "Add"]:
-        gemm = _unbiased_gemm(add.inputs[0])
-        bias = constant_of(add.inputs[1])
-        if gemm is None or bias is None or bias.shape != (gemm.attributes["N"].as_int(),):
-            continue
-        inputs = list(gemm.inputs)
-        inputs += [None] * (BIAS_INPUT - len(inputs)) + [add.inputs[1]]
-        new = ir.Node(gemm.domain, gemm.op_type, inputs, list(gemm.attributes.values()), name=gemm.name)
-        new.metadata_props.update(gemm.metadata_props)
-        output, old = new.outputs[0], gemm.outputs[0]
-        output.name, output.type, output.shape = f"{old.name}_biased", old.type, old.shape
-        model.graph.insert_before(gemm, new)
-        assert add.inputs[0] is not None
-        replace_value(model.graph, add.outputs[0], add.inputs[0])
-        replace_value(model.graph, old, output)
-        count += 1
-    remove_unused(model)
-    return Rewrite("draw_bias_into_gemm", count)
-
-
-def _unbiased_gemm(value: ir.Value | None) -> ir.Node | None:
-    """The MatMulNBits without bias that a value which is read once is, or is the sum of with something else."""
-    node = None if value is None or len(value.uses()) != 1 or value.is_graph_output() else value.producer()
-    if node is not None and node.op_type == "Add":
-        return _unbiased_gemm(node.inputs[0])
-    return node if node is not None and node.op_type == "MatMulNBits" and len(node.inputs) <= BIAS_INPUT else None
 
 
 def separate_parts(model: ir.Model) -> Rewrite:

@@ -1,7 +1,8 @@
 """MatMulNBits → MatMul whose FP16 weight ONNX Runtime computes from the packed codes when a session is made.
 
 CUDA's MatMulNBits dequantizes the whole weight at every run as soon as there are more rows than its kernel for few
-takes; a vision encoder has thousands. Here the file keeps the codes, and the weight is a chain of constants
+takes; a vision encoder has thousands, and a low-rank branch costs two GEMMs and a sum beside each. So this is the usual
+form (figures: docs/onnxruntime-cuda.md). The file keeps the codes, and the weight is a chain of constants
 
     Cast(codes) → Sub(zero-points) → Mul(scales) → Reshape → Transpose → [Add(down · up)] → Cast to FP16
 
@@ -104,15 +105,10 @@ class _Constants:
 
     def weight(self, node: ir.Node) -> ir.Value:
         """The weight [K, N] of a MatMulNBits in float32."""
-        bits, inputs = node.attributes["bits"].as_int(), node.attributes["K"].as_int()
-        outputs, block = node.attributes["N"].as_int(), node.attributes["block_size"].as_int()
-        codes, scale = _constant(node.inputs[1]), _constant(node.inputs[2]).reshape(outputs, -1, 1)
-        blocks = scale.shape[1]
-        zero_points = node.inputs[3] if len(node.inputs) > 3 else None
-        zero: NDArray[Any] = np.array(1 << (bits - 1), np.float32)
-        if zero_points is not None:
-            zero = _unpacked(_constant(zero_points), bits)[:, :blocks, None].astype(np.float32)
-        stored = self._named(_stored(codes, bits).reshape(outputs, blocks, block), "codes")
+        codes, zero, scale = _blocks(node)
+        outputs, blocks, block = codes.shape
+        inputs = node.attributes["K"].as_int()
+        stored = self._named(codes.astype(ml_dtypes.uint4) if node.attributes["bits"].as_int() == 4 else codes, "codes")
         centred = self.float32("Sub", [self.float32("Cast", [stored], to=FLOAT), self._named(zero, "zero_points")])
         values = self.float32("Mul", [centred, self.float32_of(scale, "scales")])
         flat = self.float32("Reshape", [values, self._named(np.array([outputs, blocks * block]), "sides")])
@@ -141,10 +137,28 @@ class _Constants:
         return self._writer.constant(array, f"weight/{self._role}/{name}")
 
 
-def _stored(codes: NDArray[np.uint8], bits: int) -> NDArray[Any]:
-    """The codes as a tensor type of their width, so that the file is as small as before."""
-    unpacked = _unpacked(codes, bits)
-    return unpacked.astype(ml_dtypes.uint4) if bits == 4 else unpacked
+def weight_of(node: ir.Node) -> NDArray[np.float32]:
+    """The weight [K, N] of a MatMulNBits, or of a MatMul by a constant."""
+    weight: NDArray[np.float32]
+    if node.op_type == "MatMul":
+        weight = _constant(node.inputs[1]).astype(np.float32)
+    else:
+        codes, zero, scale = _blocks(node)
+        values = (codes - zero) * scale.astype(np.float32)
+        weight = values.reshape(len(values), -1)[:, : node.attributes["K"].as_int()].T
+    return weight
+
+
+def _blocks(node: ir.Node) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[Any]]:
+    """Codes [N, blocks, block], zero-points ([N, blocks, 1], or one) and scales [N, blocks, 1] of a MatMulNBits."""
+    bits, outputs = node.attributes["bits"].as_int(), node.attributes["N"].as_int()
+    scale = _constant(node.inputs[2]).reshape(outputs, -1, 1)
+    blocks = scale.shape[1]
+    zero_points = node.inputs[3] if len(node.inputs) > 3 else None
+    zero: NDArray[Any] = np.array(1 << (bits - 1), np.float32)
+    if zero_points is not None:
+        zero = _unpacked(_constant(zero_points), bits)[:, :blocks, None].astype(np.float32)
+    return _unpacked(_constant(node.inputs[1]), bits).reshape(outputs, blocks, -1), zero, scale
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -56,9 +56,9 @@ PIXELS = {"pixel_values": pixels(1, seed=3).numpy()}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small encoder with 4-bit weights, lowered for CUDA, dynamic in its batch."""
+    """The small encoder with packed 4-bit weights, lowered for CUDA, dynamic in its batch."""
     path = tmp_path_factory.mktemp("lowered") / "image_encoder.onnx"
-    save_part(lower_for_onnxruntime_cuda(canonical(W4, IMAGE_ENCODER)).model, path)
+    save_part(lower_for_onnxruntime_cuda(canonical(W4, IMAGE_ENCODER), weights="packed").model, path)
     return path
 
 
@@ -262,6 +262,26 @@ def test_quantized_activations_of_the_cpu_are_told(encoder: Path, tmp_path: Path
     assert "INT4 weights, INT8 arithmetic" in {executed.compute for executed in layers.values()}
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_biases_are_added_apart_unless_one_gemm_is_asked_for(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session of a GPU, made of the same arguments on the CPU."""
+
+    def session_on_cpu(path: str, options: Any, *, disabled_optimizers: list[str], **_: object) -> Any:
+        return real_session(path, options, providers=[CPU], disabled_optimizers=disabled_optimizers)
+
+    real_session = ort.InferenceSession
+    monkeypatch.setattr(onnxruntime_cuda, "require_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime_cuda, "CUDA", CPU)
+    monkeypatch.setattr(ort, "InferenceSession", session_on_cpu)
+    path = tmp_path / "model.onnx"
+    save_part(float_part(trace(float_model(), IMAGE_ENCODER, StaticShape()), float_model(), half=False), path)
+    options = CudaOptions(gemm_bias=together)
+    session = cuda_session(path, options, cuda_graph=False, profile=tmp_path / "profile")
+    assert ("Gemm" in executed_by(session, path, CPU).operators) == together
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("preset", ["int4_w4only_rtn", "int4_svdquant"])
@@ -273,7 +293,7 @@ def test_the_gpu_computes_what_the_cpu_does(preset: str, tmp_path: Path) -> None
         assert largest_error(found[name], array) < 1e-2
     execution = executed_on_gpu(path)
     assert not [name for name in execution.elsewhere if "MatMul" in name or "Attention" in name]
-    assert all(executed.compute.endswith("FP16 arithmetic") for executed in execution.layers.values())
+    assert all(executed.compute.endswith("dequantized at load, FP16 GEMM") for executed in execution.layers.values())
 
 
 @pytest.mark.gpu

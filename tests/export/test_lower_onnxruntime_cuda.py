@@ -28,6 +28,7 @@ from torch import nn
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, ImageEncoder
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.export.graph import constant_of, producer
 from samq.export.linear import fill_sites
 from samq.export.lower_onnxruntime_cuda import Lowered, Weights, lower_for_onnxruntime_cuda, separate_parts
 from samq.export.parts import float_part, save_part
@@ -78,18 +79,6 @@ def test_bias_and_branch_survive(rank: int, bias: bool, weights: Weights, tmp_pa
     assert largest_error(answer_of(layer, tmp_path, weights), simulated(without_grid(layer), tokens())) < FP16
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("signed", [True, False])
-def test_a_bias_goes_into_the_gemm(signed: bool, rank: int, tmp_path: Path) -> None:
-    layer = codes(4, signed, 16, rank=rank, bias=True)
-    lowered = lower_for_onnxruntime_cuda(filled(layer), bias_in_gemm=True)
-    save_part(lowered.model, tmp_path / "lowered.onnx")
-    assert [(done.name, done.count) for done in lowered.rewrites][-1] == ("draw_bias_into_gemm", 1)
-    assert [node.op_type for node in lowered.model.graph].count("Add") == bool(rank)
-    found = OnnxRuntimeEngine(tmp_path / "lowered.onnx").run({"x": tokens()})["y"]
-    assert largest_error(found, simulated(layer, tokens())) < FP16
-
-
 @pytest.mark.parametrize("weights", ["packed", "dequantized at load"])
 @pytest.mark.parametrize("width", [16, 33, 100, 112, 200])
 @pytest.mark.parametrize("signed", [True, False])
@@ -102,8 +91,8 @@ def test_inputs_that_no_block_divides(width: int, signed: bool, weights: Weights
     ("width", "group", "block"), [(448, 128, 64), (896, 128, 128), (112, 64, 16), (224, 0, 32), (100, 64, 64)]
 )
 def test_blocks_divide_the_inputs_where_they_can(width: int, group: int, block: int) -> None:
-    """The kernel that multiplies packed weights takes no other."""
-    model = lower_for_onnxruntime_cuda(filled(codes(4, True, group, sizes=(width, 20)))).model
+    """Then no code is spent on padding."""
+    model = lower_for_onnxruntime_cuda(filled(codes(4, True, group, sizes=(width, 20))), weights="packed").model
     nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert [node.attributes["block_size"].as_int() for node in nodes] == [block]
 
@@ -147,7 +136,7 @@ FORMATS: dict[str, Recipe] = {**{name: recipe_of(name) for name in preset_names(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_weights_are_the_simulations_bit_for_bit(name: str) -> None:
-    lowered = lower_for_onnxruntime_cuda(canonical(FORMATS[name], IMAGE_ENCODER), separate=False)
+    lowered = lower_for_onnxruntime_cuda(canonical(FORMATS[name], IMAGE_ENCODER), weights="packed", separate=False)
     found = packed_weights(ir.to_proto(lowered.model))
     expected = {k: v for k, v in quantized(FORMATS[name]).codes.items() if k.startswith("vision_encoder.")}
     assert found.keys() == expected.keys()
@@ -166,9 +155,8 @@ def saved_encoder(model: ir.Model, folder: Path, **options: Any) -> tuple[OnnxRu
     [
         {},
         {"weights": "dequantized"},
-        {"weights": "dequantized at load"},
-        {"separate": False, "pairs": False},
-        {"bias_in_gemm": True},
+        {"weights": "packed"},
+        {"weights": "packed", "separate": False, "pairs": False},
     ],
     ids=str,
 )
@@ -187,7 +175,20 @@ def test_a_whole_encoder_computes_what_torch_does_with_these_weights(
     operators = Counter(node.op_type for node in lowered.model.graph)
     assert operators["MultiHeadAttention"] == 5
     assert operators["Split"] == (12 if options.get("separate", True) else 5)  # of 6 maxima, or of 5 times q, k and v
-    assert (operators["MatMulNBits"] > 0) == ("weights" not in options)
+    assert (operators["MatMulNBits"] > 0) == (options.get("weights") == "packed")
+    if options.get("separate", True):  # else one Add has the biases of q, k and v
+        assert not [value for value in keys_and_values(lowered.model) if has_bias(value)]
+
+
+def keys_and_values(model: ir.Model) -> list[ir.Value | None]:
+    """What all attention reads but its queries."""
+    return [value for node in model.graph if node.op_type == "MultiHeadAttention" for value in node.inputs[1:]]
+
+
+def has_bias(value: ir.Value | None) -> bool:
+    """It is the sum of something and a constant."""
+    add = producer(value, "Add")
+    return add is not None and any(constant_of(term) is not None for term in add.inputs)
 
 
 def test_int8_inputs_do_not_quantize_here(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_parts_of_a_float_layer_are_layers(layer: nn.Linear) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_parts_of_a_quantized_layer_are_layers(signed: bool, rank: int, tmp_path: Path) -> None:
     layer = codes(4, signed, 16, sizes=(80, 24), rank=rank)
-    engine, lowered = saved_encoder(joint_layer(layer), tmp_path)
+    engine, lowered = saved_encoder(joint_layer(layer), tmp_path, weights="packed")
     assert [node.name for node in lowered.model.graph if node.op_type == "MatMulNBits"] == [
         f"a.layer/MatMul_{part}" for part in range(3)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from exported import as_written, float_model
@@ -25,6 +27,15 @@ from samq.calib.processor import SamProcessor
 from samq.calib.sources import Sample
 from samq.engines.lint import lint
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.engines.onnxruntime_cuda import (
+    CPU,
+    CUDA,
+    CudaOptions,
+    DeviceIO,
+    Execution,
+    OnnxRuntimeCudaEngine,
+    executed_by,
+)
 from samq.engines.predictor import Predictor
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.errors import BadInput, MachineLacks, UsageError
@@ -33,7 +44,7 @@ from samq.export.parts import float_part
 from samq.export.placement import Placement
 from samq.export.tensorrt_targets import TARGETS, TRT8, TensorRtTarget
 from samq.quant.config import load_recipe
-from samq.tools.bench_gpu import cells, graphs, record, runtimes, session, shells
+from samq.tools.bench_gpu import cells, graphs, onnxruntime_cell, record, runtimes, session, shells
 from samq.tools.bench_gpu.__main__ import main
 from samq.tools.bench_gpu.bench import Bench, Built, Lowered
 from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, expected_seconds, groups, plan
@@ -478,6 +489,91 @@ def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pyt
     assert figures["note"].endswith("; on the CPU")
     assert "masks" not in figures
     json.dumps(figures)
+
+
+# --- ONNX Runtime, in a process of its own
+
+
+def test_slow_encoders_run_less_often() -> None:
+    runs = [onnxruntime_cell.runs_for(milliseconds) for milliseconds in (0.5, 200, 1000, 60_000)]
+    assert runs == [100, 100, 20, 10]
+
+
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this onnxruntime has a CUDA provider")
+def test_the_process_tells_what_the_machine_lacks(made: Graphs) -> None:
+    path = made.encoder(cell("ort-fp16", "small")).path
+    with pytest.raises(MachineLacks, match=r"has no CUDA provider.*pip install"):
+        runtimes.measure_onnxruntime(path, made.subject.pixels(1), CudaOptions())
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("code", "longest", "told"),
+    [
+        (
+            "import time; print('timed runs', flush=True); time.sleep(60)",
+            1.0,
+            "not done within 1 s; it was at: timed runs",
+        ),
+        ("import time; time.sleep(60)", 0.01, "not done within 0.01 s; it was at: its start"),
+        ("import os; print('the first run', flush=True); os.abort()", 60.0, "status -6 at: the first run"),
+        ("import sys; sys.exit('Traceback\\nValueError: wrong')", 60.0, "status 1 at: its start .ValueError: wrong"),
+        ("import sys; print('no such operator', file=sys.stderr); sys.exit(6)", 60.0, "^no such operator$"),
+    ],
+)
+def test_a_process_that_hangs_or_breaks_costs_its_own_cell(code: str, longest: float, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        runtimes._told_of(python(code), longest)
+
+
+class OnCpu(OnnxRuntimeCudaEngine):
+    """The engine but for its device; it records no CUDA graphs."""
+
+    def __init__(self, path: Path, options: CudaOptions) -> None:
+        if options.cuda_graph:
+            raise BadInput("a node runs elsewhere")
+        self.path, self.keep, self._io = path, False, DeviceIO(ort.InferenceSession(str(path), providers=[CPU]), "cpu")
+        self.inputs, self.outputs = self._io.inputs, self._io.outputs
+
+
+def profiled_on_cpu(path: Path, _: CudaOptions) -> Execution:
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(path.with_suffix(".profile"))
+    return executed_by(ort.InferenceSession(str(path), options, providers=[CPU]), path, CPU)
+
+
+def test_what_the_process_measures(
+    made: Graphs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, but on the CPU."""
+    monkeypatch.setattr(onnxruntime_cell, "OnnxRuntimeCudaEngine", OnCpu)
+    monkeypatch.setattr(onnxruntime_cell, "executed_on_gpu", profiled_on_cpu)
+    monkeypatch.setattr(onnxruntime_cell, "runs_for", lambda _: 3)
+    path, images = made.encoder(cell("ort-fp16", "small")).path, made.subject.pixels(1)
+    np.save(tmp_path / "images.npy", images)
+    found = tmp_path / "found.npz"
+    given = {"onnx": str(path), "images": str(tmp_path / "images.npy"), "found": str(found), "options": {}}
+    (tmp_path / "job.json").write_text(json.dumps(given), encoding="utf-8")
+    assert onnxruntime_cell.main([str(tmp_path / "job.json")]) == 0
+    *steps, last = capsys.readouterr().out.splitlines()
+    assert steps[0] == "making a session"
+    told = json.loads(last)
+    assert told["note"] == "no CUDA graph: a node runs elsewhere"
+    assert sum(told["executed"].values()) == len({name.partition("/")[0] for name in matmuls(path)})
+    assert told["operators"]["MultiHeadAttention"] == 5
+    with np.load(found) as arrays:
+        assert (arrays["ms"].shape, arrays["graph_ms"].shape) == ((3,), (0,))
+        np.testing.assert_array_equal(
+            arrays["embeddings"], OnnxRuntimeEngine(path).run({"pixel_values": images})[runtimes.EMBEDDINGS]
+        )
+
+
+def matmuls(path: Path) -> list[str]:
+    """Names of the GEMMs of a file."""
+    return [node.name for node in onnx.load(path).graph.node if "/MatMul" in node.name]
 
 
 # --- the tables

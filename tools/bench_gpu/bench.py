@@ -122,7 +122,7 @@ class Bench:
             return runtimes.measure_torch(self.subject.model, pixels, compiled=cell.row.compiled)
         if cell.row.engine == "tensorrt":
             return runtimes.measure_tensorrt(built.encoder, pixels)
-        options = CudaOptions(mixed_gemm=cell.row.mixed_gemm, gemm_bias=cell.row.gemm_bias)
+        options = CudaOptions(gemm_bias=bool(cell.row.peer))  # a peer runs as ONNX Runtime does unasked
         return runtimes.measure_onnxruntime(built.encoder, pixels, options)
 
     def _simulated_error(self, preset: str, pixels: Pixels, expected: NDArray[np.float32]) -> float | None:

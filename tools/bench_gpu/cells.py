@@ -42,9 +42,6 @@ class Row:
             user gets, or everywhere.
         low_rank: what becomes of low-rank branches on TensorRT.
         weights: how ONNX Runtime keeps quantized weights.
-        mixed_gemm: ONNX Runtime multiplies packed weights without dequantizing them first, where it can, and adds
-            the bias on the way.
-        gemm_bias: ONNX Runtime may make one Gemm of a MatMul and its bias, as it does unasked.
         compiled: by `torch.compile`.
     """
 
@@ -55,9 +52,7 @@ class Row:
     peer: Peer = ""
     placement: Where = "shipped"
     low_rank: Branch = "branch"
-    weights: Weights = "packed"
-    mixed_gemm: bool = False
-    gemm_bias: bool = True
+    weights: Weights = "dequantized at load"
     compiled: bool = False
 
 
@@ -90,12 +85,11 @@ def _trt_quantized() -> Iterator[Row]:
 
 
 def _ort_quantized() -> Iterator[Row]:
-    """samq's 4-bit rows, in each way in which ONNX Runtime can keep and multiply the weights."""
+    """samq's 4-bit rows: first as a user gets them, then with packed weights."""
     for kind in ("w4only", "svdquant"):
         preset = f"int4_{kind}"
-        yield _ort(kind, f"{preset}, packed", preset)
-        yield _ort(f"{kind}-mixed", f"{preset}, packed, mixed GEMM", preset, mixed_gemm=True)
-        yield _ort(f"{kind}-load", f"{preset}, dequantized at load", preset, weights="dequantized at load")
+        yield _ort(kind, f"{preset}, dequantized at load", preset)
+        yield _ort(f"{kind}-packed", f"{preset}, packed", preset, weights="packed")
 
 
 ROWS: dict[str, Row] = {
@@ -107,7 +101,6 @@ ROWS: dict[str, Row] = {
         _ort("attention-fp16", "FP16, naive at opset 23 (Attention)", peer="attention"),
         _ort("tools-fp16", "FP16, by ONNX Runtime's tools", peer="tools"),
         _ort("fp16", "FP16, ours"),
-        _ort("fp16-add", "FP16, ours, biases apart", gemm_bias=False),
         *_ort_quantized(),
         _trt("naive-fp16", "FP16, naive", peer="exported"),
         _trt("naive-int8", "INT8, naive (ModelOpt)", peer="modelopt"),

@@ -7,10 +7,13 @@ import hashlib
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import samq
 
 PACKAGE = "samq"
+
+_PARSING = Lock()  # ast.parse of Python 3.11 counts its recursion for all threads together, and then raises SystemError
 
 
 @cache
@@ -53,7 +56,9 @@ def _imports(name: str) -> Iterator[str]:
     parent = name.rpartition(".")[0]
     if parent:
         yield parent
-    for node in ast.walk(ast.parse(_file_of(name).read_bytes())):
+    with _PARSING:
+        tree = ast.parse(_file_of(name).read_bytes())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             candidates = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:

@@ -111,7 +111,7 @@ class Graphs:
         if row.engine == "tensorrt":
             return self._write(self._lowered(row, OURS, cell.batch), path)
         canonical = self._canonical(row, OURS, cell.batch)
-        lowered = lower_for_onnxruntime_cuda(canonical, weights=row.weights, bias_in_gemm=row.mixed_gemm)
+        lowered = lower_for_onnxruntime_cuda(canonical, weights=row.weights)
         save_part(lowered.model, path)
         return {"float32": [], "facts": {"rewrites": {rewrite.name: rewrite.count for rewrite in lowered.rewrites}}}
 

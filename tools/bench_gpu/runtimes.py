@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,19 +28,22 @@ from transformers import Sam2Model
 
 from samq.calib.parts import DECODER_INPUTS, DECODER_OUTPUTS, ENCODER_INPUTS, ENCODER_OUTPUTS, ImageEncoder, MaskDecoder
 from samq.engines.base import Arrays, Engine
-from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine, executed_on_gpu
+from samq.engines.onnxruntime_cuda import CudaOptions
 from samq.engines.predictor import Predictor
 from samq.engines.tensorrt_log import ANOTHER_PYTHON
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, executed_layers, load_info
 from samq.engines.tensorrt_process import Worker, WorkerEngine
-from samq.errors import BadInput, SamqError
+from samq.errors import BadInput, MachineLacks, SamqError
 from samq.files import sha256_of
 from samq.tools.bench_gpu.code import digest_of
+from samq.tools.bench_gpu.onnxruntime_cell import EMBEDDINGS, RUNS
 from samq.tools.bench_gpu.subject import Pixels
 
-RUNS, WARM_UPS = 100, 20
+WARM_UPS = 20
+CELL = "samq.tools.bench_gpu.onnxruntime_cell"
+START = "its start"
+LONGEST_CELL = 120.0  # seconds of a cell on ONNX Runtime, which is ended then
 MEGA = 1e6
-EMBEDDINGS = "image_embeddings"
 BUILDER_CODE = ("samq.engines.tensorrt_worker",)
 _BUILDING: defaultdict[Path, Lock] = defaultdict(Lock)
 
@@ -150,34 +156,45 @@ def _by_events(launch: Callable[[], Any]) -> list[float]:
     return [float(begin.elapsed_time(end)) for begin, end in events]
 
 
-def measure_onnxruntime(onnx: Path, pixels: Pixels, options: CudaOptions) -> Measured:
-    """An encoder on ONNX Runtime's CUDA provider, inputs and outputs on the GPU.
+def measure_onnxruntime(onnx: Path, pixels: Pixels, options: CudaOptions, longest: float = LONGEST_CELL) -> Measured:
+    """An encoder on ONNX Runtime's CUDA provider, inputs and outputs on the GPU, in a process of its own.
 
     Args:
         options: of the provider; CUDA graphs are measured beside plain launches whatever they say.
+        longest: seconds, after which the process is ended.
+
+    Raises:
+        MachineLacks: there is no CUDA provider, none of its libraries, or no GPU.
+        BadInput: ONNX Runtime does not take the graph, or is not done in time; the message says how far it came.
     """
-    feeds = {ENCODER_INPUTS[0]: pixels}
-    started = time.perf_counter()
-    engine = OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=False))
-    seconds = time.perf_counter() - started
-    embeddings = np.asarray(engine.run(feeds)[EMBEDDINGS])
-    times = engine.time(feeds, RUNS)
-    del engine
-    gc.collect()
-    facts = _told_of_gpu(onnx, options)
-    replayed: Sequence[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        images, found, job = (Path(folder) / name for name in ("images.npy", "found.npz", "job.json"))
+        np.save(images, pixels)
+        given = {"onnx": str(onnx), "images": str(images), "found": str(found), "options": asdict(options)}
+        job.write_text(json.dumps(given), encoding="utf-8")
+        facts = _told_of([sys.executable, "-m", CELL, str(job)], longest)
+        with np.load(found) as arrays:
+            ms, graph_ms, embeddings = (arrays[name] for name in ("ms", "graph_ms", "embeddings"))
+    seconds = facts.pop("build_seconds")
+    return Measured(ms.tolist(), graph_ms.tolist(), embeddings, onnx.stat().st_size / MEGA, seconds, facts)
+
+
+def _told_of(command: Sequence[str], longest: float) -> dict[str, Any]:
+    """The last line of a cell's process."""
     try:
-        replayed = OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=True)).time(feeds, RUNS)
-    except SamqError as error:
-        facts["note"] = f"no CUDA graph: {error}"
-    return Measured(times, replayed, embeddings, onnx.stat().st_size / MEGA, seconds, facts)
-
-
-def _told_of_gpu(onnx: Path, options: CudaOptions) -> dict[str, Any]:
-    """What ONNX Runtime's profile says: arithmetic of our layers, operators, and the nodes that ran on the CPU."""
-    execution = executed_on_gpu(onnx, options)
-    executed = Counter(layer.compute for layer in execution.layers.values())
-    return {"executed": dict(executed), "operators": dict(execution.operators), "on_cpu": list(execution.elsewhere)}
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=longest)
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""  # bytes also where text was asked for
+        steps = (said if isinstance(said, str) else said.decode()).splitlines()
+        raise BadInput(f"not done within {longest:g} s; it was at: {steps[-1] if steps else START}") from late
+    last = [START, *done.stdout.splitlines()][-1]
+    if done.returncode == 0:
+        told: dict[str, Any] = json.loads(last)
+        return told
+    reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    kind = MachineLacks if done.returncode == MachineLacks.exit_code else BadInput
+    known = done.returncode in (MachineLacks.exit_code, BadInput.exit_code)
+    raise kind(reason if known else f"ONNX Runtime's process ended with status {done.returncode} at: {last} ({reason})")
 
 
 @contextmanager

@@ -17,10 +17,10 @@ MASK_COLUMNS = ("encoder and decoder", "box: engines", "box: simulated", "click:
 KINDS = ("box", "click")
 LEGEND = (
     "ms: median of 100 runs after a warm-up, by CUDA events, inputs and outputs on the GPU; ONNX Runtime's by the "
-    "host's clock around runs that wait for the GPU. naive FP16 / this: the time of TensorRT's naive FP16 engine by "
-    "this one's, each with or without a CUDA graph, whichever is shorter. error: ‖x − FP32‖ / ‖FP32‖ of "
-    "`image_embeddings` against PyTorch in FP32, TF32 off, same input; simulated: that of the quantized model "
-    "in PyTorch."
+    "host's clock around runs that wait for the GPU, and of fewer runs (10 at least) where one takes over 0.2 s. "
+    "naive FP16 / this: the time of TensorRT's naive FP16 engine by this one's, each with or without a CUDA graph, "
+    "whichever is shorter. error: ‖x − FP32‖ / ‖FP32‖ of `image_embeddings` against PyTorch in FP32, TF32 off, same "
+    "input; simulated: that of the quantized model in PyTorch."
 )
 MASK_LEGEND = (
     "box, click: relative mIoU (against FP32 in PyTorch) on the held-out scenes, through the TensorRT encoder and "
