@@ -37,6 +37,17 @@ class TimedEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class BoundedEngine(Protocol):
+    """An engine whose dynamic sides have an end.
+
+    Attributes:
+        largest: name of a dynamic side → its largest size.
+    """
+
+    largest: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Executed:
     """What a runtime made of one layer: in words, and the operator that it runs."""

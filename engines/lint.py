@@ -89,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     Rule("folded", ALL, "samq's own: TensorRT 8.6 has no cubic Resize, and folding costs build time", nodes.folded),
     Rule("constant-axes", ALL, "onnx-tensorrt docs/operators.md: `axes` must be an initializer", nodes.axes_constant),
     Rule("int64-range", ("trt8",), "onnx-tensorrt 8.6, convertINT64 clamps", nodes.int64_range),
+    Rule("whole-shape", ("trt8",), "onnx-tensorrt 8.6, Shape: reads no attributes", nodes.whole_shape),
     Rule("resize", ALL, "onnx-tensorrt docs/operators.md, Resize", nodes.resize),
     Rule(
         "layer-normalization", ALL, "TensorRT issue 4723: FP16 overflow; one node since 8.6", nodes.layer_normalization

@@ -107,6 +107,12 @@ def int64_range(model: ir.Model, target: TensorRtTarget) -> Findings:
                 yield name, "it holds integers beyond 32 bits, which are clamped"
 
 
+def whole_shape(model: ir.Model, target: TensorRtTarget) -> Findings:
+    for node in model.graph:
+        if node.op_type == "Shape" and {"start", "end"} & set(node.attributes):
+            yield str(node.name), "Shape of some sides, of which all are given"
+
+
 def resize(model: ir.Model, target: TensorRtTarget) -> Findings:
     for node in model.graph:
         if node.op_type == "Resize":

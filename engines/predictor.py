@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samq.engines.base import Arrays, Engine
+from samq.engines.base import Arrays, BoundedEngine, Engine
 from samq.errors import UsageError
 
-PADDING = -10  # label of a point that fills up a prompt
+PADDING = -10  # label of a point that fills up a prompt; SAM 2 attends to it, so the answer is another one
 MOST_PROMPTS_AT_ONCE = 16  # at 1024×1024 a prompt takes tens of megabytes while it is decoded
 SINGLE, MULTI = 0, 1  # index of the single mask, and of the first multimask one
 
@@ -57,7 +57,10 @@ class Predictor:
         labels: NDArray[np.int64],
         masks: NDArray[np.float32] | None = None,
     ) -> Predictions:
-        """Answer P prompts, a few at a time; a decoder of static shape gets as many as it takes, filled up.
+        """Answer P prompts, a few at a time.
+
+        Prompts do not see each other, so a decoder for a fixed number of them gets the last one several times. A
+        decoder for a fixed number of points gets prompts filled up, and answers a little less well (`PADDING`).
 
         Args:
             features: from `encode`.
@@ -69,9 +72,15 @@ class Predictor:
             UsageError: the decoder takes fewer points a prompt.
         """
         _, prompts, points, _ = self.decoder.shapes["point_coords"]
+        most = self._most(points, coords.shape[1])
+        if coords.shape[1] > most:
+            raise UsageError(
+                f"the decoder takes {most} points a prompt, not {coords.shape[1]}; "
+                f"export it without static shapes, and build it with --max-points {coords.shape[1]}"
+            )
         if isinstance(points, int):
             coords, labels = _padded(coords, labels, points)
-        at_once = prompts if isinstance(prompts, int) else MOST_PROMPTS_AT_ONCE
+        at_once = self._most(prompts, MOST_PROMPTS_AT_ONCE)
         answers = []
         for start in range(0, max(1, len(coords)), at_once):
             chunk = slice(start, start + at_once)
@@ -81,16 +90,18 @@ class Predictor:
         whole = {name: np.concatenate([a[name][0] for a in answers])[: len(coords)] for name in answers[0]}
         return Predictions(whole["masks"], whole["iou_scores"], whole["object_score_logits"][:, 0])
 
+    def _most(self, side: int | str, otherwise: int) -> int:
+        """The most that a side of the decoder's prompts takes; `otherwise` where it has no end."""
+        if isinstance(side, int):
+            return side
+        return self.decoder.largest.get(side, otherwise) if isinstance(self.decoder, BoundedEngine) else otherwise
+
 
 def _padded(
     coords: NDArray[np.float32], labels: NDArray[np.int64], points: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Prompts of `points` points each."""
     missing = points - coords.shape[1]
-    if missing < 0:
-        raise UsageError(
-            f"the decoder takes {points} points a prompt, not {coords.shape[1]}; export without static shapes"
-        )
     return (
         np.pad(coords, ((0, 0), (0, missing), (0, 0))),
         np.pad(labels, ((0, 0), (0, missing)), constant_values=PADDING),

@@ -12,7 +12,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from samq.engines import tensorrt_build
+from samq.engines import tensorrt_build, tensorrt_refit
 from samq.engines.cuda import Device, find_device
 from samq.engines.tensorrt_log import ANOTHER_PYTHON, load_tensorrt, version_of
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo
@@ -38,6 +38,13 @@ def build_engine(
     worker = _worker()
     build = worker.build if worker else tensorrt_build.build_engine
     return build(onnx_path, plan_path, options, progress)
+
+
+def refit_engine(plan_path: Path, onnx_path: Path, new_path: Path, progress: Progress = silent) -> PlanInfo:
+    """See `samq.engines.tensorrt_refit.refit_engine`."""
+    worker = _worker()
+    refit = worker.refit if worker else tensorrt_refit.refit_engine
+    return refit(plan_path, onnx_path, new_path, progress)
 
 
 def open_engine(plan_path: Path, *, cuda_graph: bool | None = None) -> TensorRtEngine | WorkerEngine:

@@ -26,20 +26,22 @@ from samq.engines.tensorrt_log import (
     captured,
     failure,
     load_tensorrt,
-    parse_failure,
     version_of,
 )
 from samq.engines.tensorrt_network import (
     add_profile,
     ask_for_types,
     describe_tensors,
+    halve_io,
     is_quantized,
     layer_names,
     network_flags,
     side_names,
 )
+from samq.engines.tensorrt_parse import new_builder, parse_into
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info, sidecar_of
 from samq.engines.tensorrt_progress import Progress, Watch, silent
+from samq.engines.tensorrt_weights import refittable_parts
 from samq.errors import BadInput, MachineLacks
 from samq.files import sha256_of, write_text, written_whole
 
@@ -96,10 +98,11 @@ class _Build:
     def run(self) -> PlanInfo:
         started = time.perf_counter()
         api = self.api
-        builder = self._builder()
+        builder: trt.Builder = new_builder(api, self.logger, self.log, self.onnx_path)
         strong = hasattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         network: trt.INetworkDefinition = builder.create_network(network_flags(api))
-        self._parse(network)
+        self.progress("parse", 0, 0)
+        parse_into(api, network, self.logger, self.log, self.onnx_path)
         config = self._config(builder, network, strong)
         cache = self._timing_cache(config)
         self.progress("build", 0, 0)
@@ -116,25 +119,6 @@ class _Build:
         save_info(self.plan_path, info)
         return info
 
-    def _builder(self) -> trt.Builder:
-        api = self.api
-        try:
-            return api.Builder(self.logger)
-        except TypeError as error:  # what the bindings raise where the library gives nothing
-            raise failure(self.onnx_path, self.log) from error
-
-    def _parse(self, network: trt.INetworkDefinition) -> None:
-        api = self.api
-        self.progress("parse", 0, 0)
-        parser: trt.OnnxParser = api.OnnxParser(network, self.logger)
-        if parser.parse_from_file(str(self.onnx_path)):
-            return
-        description = ""
-        if parser.num_errors:
-            error: trt.ParserError = parser.get_error(0)
-            description = error.desc()
-        raise parse_failure(self.onnx_path, description, self.log, self.version)
-
     def _config(self, builder: trt.Builder, network: trt.INetworkDefinition, strong: bool) -> trt.IBuilderConfig:
         api, options = self.api, self.options
         config: trt.IBuilderConfig = builder.create_builder_config()
@@ -146,6 +130,8 @@ class _Build:
         if OBEY in flags:
             for name in ask_for_types(api, network, options.float32, half="INT8" in flags and "FP16" in flags):
                 self.log.messages.append((WARNING, f"{name}: no layer to keep in float32"))
+        if not strong:
+            halve_io(api, network, options.half_io)
         config.builder_optimization_level = options.optimization_level
         config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
         if options.workspace_mib is not None:
@@ -207,6 +193,7 @@ class _Build:
             gemms=gemms,
             layers=with_regions(layers, order, gemms),
             warnings=tuple(self.log.of(WARNING)),
+            refittable=refittable_parts(api, network) if self.options.refittable else None,
         )
 
     def _layers(self, text: str) -> tuple[EngineLayer, ...]:

@@ -129,6 +129,15 @@ def _is_float(api: Any, layer: trt.ILayer, index: int) -> bool:
     return bool(tensor.dtype == api.DataType.FLOAT)
 
 
+def halve_io(api: Any, network: trt.INetworkDefinition, names: Collection[str]) -> None:
+    """Take and give some float32 inputs and outputs in FP16; to be called when all layers have their types."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for found in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
+        tensor: trt.ITensor = found
+        if tensor.name in names and tensor.dtype == api.DataType.FLOAT:
+            tensor.dtype = api.DataType.HALF
+
+
 def side_names(network: trt.INetworkDefinition) -> dict[str, tuple[int | str, ...]]:
     """Shapes of the inputs by name; dynamic sides are called as in the graph."""
     shapes: dict[str, tuple[int | str, ...]] = {}

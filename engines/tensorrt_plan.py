@@ -22,6 +22,11 @@ AMPERE = (8, 0)  # compute capability from which hardware-compatible plans run
 
 Range = tuple[int, int, int]
 
+# Smallest, usual and largest size of a part's dynamic sides, where nothing else is asked for. A plan is fastest at the
+# usual ones: one image with one box. More prompts than that come 16 at a time (`samq.engines.predictor`), and more
+# points from people who correct a mask.
+USUAL_RANGES: Mapping[str, Range] = {"batch": (1, 1, 4), "prompts": (1, 1, 16), "points": (1, 2, 16)}
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -30,6 +35,8 @@ class BuildOptions:
     Args:
         fp16: let a weakly typed TensorRT (8.6) use FP16; a strongly typed one reads all types from the graph.
         float32: names of ONNX nodes that a weakly typed TensorRT must keep in float32.
+        half_io: names of float32 inputs and outputs that a weakly typed TensorRT takes and gives in FP16, as values
+            within an engine are.
         optimization_level: 0 (quick) to 5 (thorough); TensorRT's own default is 3.
         workspace_mib: limit of the scratch memory, or None for all of the GPU's.
         timing_cache: folder of measured kernel timings, one file for each version and GPU, or None.
@@ -45,10 +52,11 @@ class BuildOptions:
 
     fp16: bool = True
     float32: tuple[str, ...] = ()
+    half_io: tuple[str, ...] = ()
     optimization_level: int = 3
     workspace_mib: int | None = None
     timing_cache: str | None = None
-    ranges: Mapping[str, Range] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=lambda: USUAL_RANGES)
     version_compatible: bool = False
     hardware_compatible: bool = False
     refittable: bool = False
@@ -65,13 +73,14 @@ class BuildOptions:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildOptions:
-        """From what `dataclasses.asdict` and JSON make of one.
+        """From what `dataclasses.asdict` and JSON make of one, or of a part of one.
 
         Raises:
             UsageError: a key or a value is wrong.
         """
-        read: dict[str, Any] = {name: tuple(values[name]) for name in ("float32", "tactics_off") if name in values}
-        read["ranges"] = {name: tuple(sizes) for name, sizes in values.get("ranges", {}).items()}
+        names = ("float32", "half_io", "tactics_off")
+        read: dict[str, Any] = {name: tuple(values[name]) for name in names if name in values}
+        read["ranges"] = {name: tuple(sizes) for name, sizes in values.get("ranges", USUAL_RANGES).items()}
         try:
             return cls(**{**values, **read})
         except TypeError as error:
@@ -85,6 +94,23 @@ class PlanTensor:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class Refittable:
+    """What a plan whose weights can be replaced was built from.
+
+    Args:
+        structure: digest of its graph without the weights.
+        weights: name → digest of each of the weights; empty where they cannot be compared.
+    """
+
+    structure: str
+    weights: Mapping[str, str]
+
+    def other_than(self, old: Refittable) -> set[str]:
+        """Names of weights that are not the same as in another one, or cannot be compared."""
+        return {name for name, digest in self.weights.items() if not digest or digest != old.weights.get(name)}
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,7 @@ class PlanInfo:
         gemms: names of the ONNX nodes that are matrix products.
         layers: what the engine inspector tells.
         warnings: of TensorRT, while it built.
+        refittable: what a graph must have that gives it new weights; None where that cannot be.
     """
 
     gpu: str
@@ -119,6 +146,7 @@ class PlanInfo:
     gemms: tuple[str, ...]
     layers: tuple[EngineLayer, ...]
     warnings: tuple[str, ...]
+    refittable: Refittable | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PlanInfo:
@@ -137,8 +165,15 @@ class PlanInfo:
                 "gemms": tuple(values["gemms"]),
                 "layers": tuple(EngineLayer(**{**row, "nodes": tuple(row["nodes"])}) for row in values["layers"]),
                 "warnings": tuple(values["warnings"]),
+                "refittable": None if values["refittable"] is None else Refittable(**values["refittable"]),
             }
         )
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """Dynamic sides of the inputs → their largest sizes."""
+        sides = {side for tensor in self.inputs for side in tensor.shape if isinstance(side, str)}
+        return {side: largest for side, (_, _, largest) in self.options.ranges.items() if side in sides}
 
     def misfit(self, device: Device, version: str) -> str | None:
         """Why the plan does not run on this GPU with this TensorRT, or None where it does."""

@@ -108,6 +108,12 @@ class Worker:
         answer = self.call("build", progress, onnx=_absolute(onnx_path), plan=_absolute(plan_path), options=given)
         return PlanInfo.from_json(answer["info"])
 
+    def refit(self, plan_path: Path, onnx_path: Path, new_path: Path, progress: Progress = silent) -> PlanInfo:
+        """As `samq.engines.tensorrt_refit.refit_engine`."""
+        paths = {"plan": plan_path, "onnx": onnx_path, "new": new_path}
+        answer = self.call("refit", progress, **{name: _absolute(path) for name, path in paths.items()})
+        return PlanInfo.from_json(answer)
+
     def close(self) -> None:
         """End the process now."""
         self._finalizer()
@@ -123,6 +129,7 @@ class WorkerEngine:
         self.inputs: Sequence[str] = [tensor.name for tensor in self.info.inputs]
         self.outputs: Sequence[str] = [tensor.name for tensor in self.info.outputs]
         self.shapes: Mapping[str, Sequence[int | str]] = {tensor.name: tensor.shape for tensor in self.info.inputs}
+        self.largest: Mapping[str, int] = self.info.largest
         self._key = worker.call("open", plan=_absolute(path), cuda_graph=cuda_graph)
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:

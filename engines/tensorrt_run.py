@@ -45,6 +45,7 @@ class TensorRtEngine:
         self.inputs: Sequence[str] = [tensor.name for tensor in self.info.inputs]
         self.outputs: Sequence[str] = [tensor.name for tensor in self.info.outputs]
         self.shapes: Mapping[str, Sequence[int | str]] = {tensor.name: tensor.shape for tensor in self.info.inputs}
+        self.largest: Mapping[str, int] = self.info.largest
         static = all(isinstance(side, int) for shape in self.shapes.values() for side in shape)
         self.cuda_graph = static if cuda_graph is None else cuda_graph
         api = load_tensorrt()

@@ -30,6 +30,7 @@ from samq.engines.tensorrt_build import build_engine
 from samq.engines.tensorrt_log import load_tensorrt, version_of
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.engines.tensorrt_progress import Progress, silent
+from samq.engines.tensorrt_refit import refit_engine
 from samq.engines.tensorrt_run import TensorRtEngine
 from samq.errors import BadInput, SamqError, UsageError
 from samq.files import write_json, written_whole
@@ -139,6 +140,10 @@ def _build(engines: Engines, call: Mapping[str, Any], progress: Progress) -> dic
     return run_job({key: call[key] for key in ("plan", "onnx", "options")}, progress)
 
 
+def _refit(engines: Engines, call: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    return asdict(refit_engine(Path(call["plan"]), Path(call["onnx"]), Path(call["new"]), progress))
+
+
 def _open(engines: Engines, call: Mapping[str, Any], progress: Progress) -> str:
     key = str(len(engines))
     engines[key] = TensorRtEngine(Path(call["plan"]), cuda_graph=call["cuda_graph"])
@@ -160,6 +165,7 @@ def _close(engines: Engines, call: Mapping[str, Any], progress: Progress) -> Non
 CALLS: Mapping[str, Callable[[Engines, Mapping[str, Any], Progress], Any]] = {
     "about": _about,
     "build": _build,
+    "refit": _refit,
     "open": _open,
     "run": _run,
     "time": _time,

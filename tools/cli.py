@@ -20,9 +20,14 @@ from samq import __version__
 from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageError
 
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
+FORMS = ("fp16", "branch", "int8", "fold")  # as in samq.export.placement
+LARGEST = {  # of a TensorRT plan's dynamic sides: as in samq.engines.tensorrt_plan, and what they are
+    "batch": (4, "Most images at a time of a TensorRT plan, with --dynamic-shapes."),
+    "prompts": (16, "Most prompts at a time of a TensorRT plan; more than that come one after the other."),
+    "points": (16, "Most points a prompt of a TensorRT plan."),
+}
 DEFAULT_CONFIG = "int4_svdquant"
 INTERRUPTED, BUG = 130, 1
-USUAL_SIZES = {"batch": 1, "prompts": 1, "points": 2}  # of a TensorRT plan's dynamic sides
 
 _answers: ContextVar[TextIO] = ContextVar("answers", default=sys.stdout)  # where --json's object goes
 
@@ -47,12 +52,19 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-def _parse_parts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    chosen = [part.strip() for part in value.split(",") if part.strip()]
-    wrong = [part for part in chosen if part not in PARTS]
-    if wrong or not chosen:
-        raise click.BadParameter(f"{', '.join(wrong) or 'nothing'} given; choose from {', '.join(PARTS)}")
-    return tuple(part for part in PARTS if part in chosen)
+def _parse_names(*names: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...]]:
+    """A callback for a list with commas of some of the names; nothing where the option is not given."""
+
+    def callback(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        chosen = [name.strip() for name in value.split(",") if name.strip()]
+        wrong = [name for name in chosen if name not in names]
+        if wrong or not chosen:
+            raise click.BadParameter(f"{', '.join(wrong) or 'nothing'} given; choose from {', '.join(names)}")
+        return tuple(name for name in names if name in chosen)
+
+    return callback
 
 
 def _parse_placement(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -90,6 +102,15 @@ _device = click.option(
     type=click.Choice(["cpu", "cuda"]),
     help="For calibration, PTQ and ONNX Runtime.  [default: cpu, or as in the stages before]",
 )
+_builder = _options(
+    click.option("--optimization-level", type=click.IntRange(0, 5), help="How long TensorRT searches.  [default: 3]"),
+    click.option("--workspace-mib", type=click.IntRange(1), help="Limit of TensorRT's scratch memory."),
+    click.option(
+        "--timing-cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of TensorRT's kernel timings, which are kept and used again.",
+    ),
+)
 _engine = _options(
     click.option(
         "--engine",
@@ -98,19 +119,19 @@ _engine = _options(
         show_default=True,
         help="What will run it: ONNX Runtime, on the --device, or TensorRT.",
     ),
-    click.option("--optimization-level", type=click.IntRange(0, 5), help="How long TensorRT searches.  [default: 3]"),
-    click.option("--workspace-mib", type=click.IntRange(1), help="Limit of TensorRT's scratch memory."),
-    click.option(
-        "--timing-cache",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of TensorRT's kernel timings, which are kept and used again.",
-    ),
+    _builder,
     click.option("--version-compatible", is_flag=True, help="TensorRT plans for later versions of the same major one."),
     click.option("--hardware-compatible", is_flag=True, help="TensorRT plans for every GPU from Ampere on; slower."),
     click.option("--refittable", is_flag=True, help="TensorRT plans whose weights can be replaced."),
+    click.option(
+        "--refit",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Build no TensorRT plans: take the --refittable ones of this output directory, made from the same graphs "
+        "with other weights, and give them this job's.",
+    ),
     *(
-        click.option(f"--max-{side}", type=click.IntRange(1), help=f"Most {side} of a plan with --dynamic-shapes.")
-        for side in ("batch", "prompts", "points")
+        click.option(f"--max-{side}", type=click.IntRange(1), help=f"{what}  [default: {most}]")
+        for side, (most, what) in LARGEST.items()
     ),
 )
 _target = _options(
@@ -121,8 +142,9 @@ _target = _options(
     ),
     click.option(
         "--low-rank",
-        type=click.Choice(["branch", "fold"]),
-        help="In TensorRT: low-rank branches beside INT8 GEMMs, or added to the INT8 weights.  [default: branch]",
+        type=click.Choice(["branch", "fold", "auto"]),
+        help="In TensorRT: low-rank branches beside INT8 GEMMs, or added to the INT8 weights; auto: added, unless that "
+        "misses --min-relative-miou (0.995 where none is given).  [default: branch]",
     ),
     click.option(
         "--placement",
@@ -144,14 +166,14 @@ _what = _options(
         "--parts",
         default=",".join(PARTS),
         show_default=True,
-        callback=_parse_parts,
+        callback=_parse_names(*PARTS),
         help="Parts to quantize; the others stay float.",
     ),
     click.option("--image-size", type=click.IntRange(32), help="Side of the input in pixels.  [default: the model's]"),
     click.option("--force", is_flag=True, help="Overwrite another job's results in the output directory."),
-    click.option("--dry-run", is_flag=True, help="Print what each layer will become, and write nothing."),
     _device,
 )
+_dry_run = click.option("--dry-run", is_flag=True, help="Print what each layer will become, and write nothing.")
 _model = _options(
     click.option(
         "--model-path",
@@ -167,7 +189,9 @@ _model = _options(
 _static = click.option(
     "--static-shapes/--dynamic-shapes",
     default=None,
-    help="Export for one image, one prompt and two points, or for any number.  [default: static for TensorRT]",
+    help="Export for one image, one prompt and two points, or for any numbers. Static: clicks are filled up with a "
+    "point that SAM 2 attends to, and get another answer.  [default: any numbers; for TensorRT one image, and any "
+    "prompts of any points]",
 )
 _gates = _options(
     click.option("--min-relative-miou", type=click.FloatRange(0, 1), help="Exit 3 below this accuracy."),
@@ -203,6 +227,8 @@ def cli() -> None:
     The whole job:    samq-export run --model-path DIR --calib-data PHOTOS --output-dir OUT
     On the demo:      samq-export demo --output-dir out/demo
     Stage by stage:   quantize, export, build, validate, each going on from OUT
+    INT8 or FP16:     samq-export place --output-dir OUT, measured on this GPU
+    Bits by layer:    samq-export search --model-path DIR --calib-data PHOTOS --max-bytes N --output-dir OUT
     Several results:  samq-export compare OUT1 OUT2
     """
 
@@ -210,6 +236,7 @@ def cli() -> None:
 @cli.command()
 @_model
 @_what
+@_dry_run
 @_static
 @_engine
 @_target
@@ -229,6 +256,7 @@ def run(**options: Any) -> None:
 
 @cli.command()
 @_what
+@_dry_run
 @_static
 @_engine
 @_target
@@ -250,6 +278,7 @@ def demo(**options: Any) -> None:
 @cli.command()
 @_model
 @_what
+@_dry_run
 @_output
 @_talk
 def quantize(**options: Any) -> None:
@@ -295,6 +324,138 @@ def validate(**options: Any) -> None:
 
     eval_data = None if options["eval_data"] is None else absolute(options["eval_data"])
     _go_on(options, "validate", eval_data=eval_data, num_eval_samples=options["num_eval_samples"])
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML file; figures in it are not measured again.  [default: placement.yaml, in the output directory]",
+)
+@click.option(
+    "--forms",
+    callback=_parse_names(*FORMS),
+    metavar="LIST",
+    help=f"Of {', '.join(FORMS)}, with commas.  [default: fp16, and int8, or branch and fold where there are branches]",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Time over the fastest placement, in percent of it, to spend where it removes most error per microsecond.",
+)
+@click.option(
+    "--without",
+    default="",
+    metavar="LIST",
+    help="Rewrites of the graph to leave out, to see what they gain, such as split_qkv,pair_max.",
+)
+@click.option("--eval-data", help="Take the image that blocks see from here.  [default: the job's images]")
+@_builder
+@_output
+@_talk
+def place(**options: Any) -> None:
+    """Measure which blocks run in INT8 on this GPU's TensorRT.
+
+    \b
+    samq-export export --output-dir OUT --target trt8
+    samq-export place --output-dir OUT
+    samq-export build --output-dir OUT --engine tensorrt --placement OUT/placement.yaml
+    """
+    from samq.calib.sources import absolute
+    from samq.engines.tensorrt_plan import BuildOptions
+    from samq.tools.outdir import PLACEMENT, OutputDir
+    from samq.tools.place import place as measure
+    from samq.tools.place import table
+    from samq.tools.progress import Reporter
+
+    out = OutputDir.open(options["output_dir"])
+    path = options["out"] or out.path / PLACEMENT
+    placement = measure(
+        out,
+        path,
+        Reporter(options["quiet"], _command()),
+        forms=options["forms"],
+        without=[name.strip() for name in options["without"].split(",") if name.strip()],
+        options=BuildOptions.from_json(_build_options({**options, "engine": "tensorrt"})),
+        budget=options["budget"] / 100,
+        eval_data=None if options["eval_data"] is None else absolute(options["eval_data"]),
+    )
+    if options["as_json"]:
+        _print_json({"file": str(path), **placement.model_dump()})
+    elif not options["quiet"]:
+        click.echo("\n".join(table(placement)))
+        click.echo(f"Done: {path}; give it as --placement")
+
+
+@cli.command()
+@_model
+@_what
+@click.option("--max-bytes", type=click.IntRange(1), help="The best config of at most so many bytes of weights.")
+@click.option(
+    "--min-relative-miou",
+    type=click.FloatRange(0, 1),
+    help="The smallest config that reaches this; exit 3 if none does.",
+)
+@click.option(
+    "--candidates",
+    default="float,int8,int4,int4-rank8",
+    show_default=True,
+    metavar="LIST",
+    help="Forms that a layer may have: float, int8, int4, int4-rankR.",
+)
+@click.option(
+    "--sensitivity-images",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Calibration images on which each layer's effect on the masks is measured.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Configs of the front to quantize and measure, besides those that the goal needs.",
+)
+@_evaluation
+@_output
+@_talk
+def search(**options: Any) -> None:
+    """Bits and rank for each layer, by what its quantization does to the masks.
+
+    \b
+    samq-export search --model-path DIR --calib-data PHOTOS --max-bytes 4000000 --output-dir OUT
+    samq-export run --model-path DIR --calib-data PHOTOS --config OUT/search/best.yaml --output-dir OUT
+    Bytes are those of all weights, as `run --dry-run` counts them. The front is in OUT/report/.
+    """
+    from samq.tools.job import FIELDS, Job, open_data
+    from samq.tools.progress import Reporter
+    from samq.tools.search import Asked, Goal, as_text
+    from samq.tools.search import search as find
+    from samq.tools.stages import load, recipe_of
+
+    if (options["max_bytes"] is None) == (options["min_relative_miou"] is None):
+        raise UsageError("give either --max-bytes or --min-relative-miou")
+    base = recipe_of(options["config"], options["num_calib_samples"])
+    job = Job.of(base, model=options["model_path"], **{key: options.get(key) for key in FIELDS if key != "model"})
+    asked = Asked(
+        job=job,
+        name=Path(options["config"]).stem,
+        base=base,
+        candidates=[name.strip() for name in options["candidates"].split(",") if name.strip()],
+        goal=Goal(options["max_bytes"], options["min_relative_miou"]),
+        images=options["sensitivity_images"],
+        points=options["points"],
+    )
+    data = open_data(job, base)
+    reporter = Reporter(options["quiet"], _command())
+    found = find(options["output_dir"], asked, load(job), data, reporter, options["force"])
+    if options["as_json"]:
+        _print_json(found)
+    elif not options["quiet"]:
+        click.echo(as_text(found))
 
 
 @cli.command()
@@ -440,14 +601,19 @@ def _build_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: it says something, and the engine is another one.
     """
+    from samq.engines.tensorrt_plan import USUAL_RANGES
+
     names = ("optimization_level", "workspace_mib", "version_compatible", "hardware_compatible", "refittable")
     chosen = {name: options[name] for name in names if options.get(name)}
     if options.get("timing_cache"):
         chosen["timing_cache"] = str(options["timing_cache"].resolve())
-    ranges = {side: options.get(f"max_{side}") for side in USUAL_SIZES}
-    if any(ranges.values()):
-        most = {side: most or USUAL_SIZES[side] for side, most in ranges.items()}
-        chosen["ranges"] = {side: [1, min(USUAL_SIZES[side], size), size] for side, size in most.items()}
+    if any(options.get(f"max_{side}") for side in LARGEST):
+        sizes = {side: (usual, options.get(f"max_{side}") or most) for side, (_, usual, most) in USUAL_RANGES.items()}
+        chosen["ranges"] = {side: [1, min(usual, most), most] for side, (usual, most) in sizes.items()}
+    if options.get("refit"):
+        if chosen:
+            raise UsageError(f"{', '.join(chosen)}: --refit takes plans as they were built; leave these out")
+        chosen["refit"] = str(options["refit"].resolve())
     if chosen and options["engine"] != "tensorrt":
         raise UsageError(f"{', '.join(chosen)}: these are options of TensorRT's builder; add --engine tensorrt")
     return chosen

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from samq.errors import AccuracyGateMissed, SpeedGateMissed, UsageError
+from samq.tools.half_precision import BROKEN, complaint
 from samq.tools.job import Data
 
 ACCURACY_GATE, SPEED_GATE = "--min-relative-miou", "--min-speedup"
+
+LEAST_WITH_FOLDED_BRANCHES = 0.995
+"""What `--low-rank auto` asks of folded branches where there is no accuracy gate."""
 
 Gates = tuple[float | None, float | None]
 """Least relative mIoU and least speedup, or None."""
@@ -28,10 +32,7 @@ def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
     least_accuracy, least_speedup = gates
     asked = []
     if least_accuracy is not None:
-        accuracy = report["accuracy"]
-        truth = accuracy["miou_baseline"] is not None
-        measure = "relative mIoU" if truth else "agreement with the baseline (no ground truth)"
-        asked.append((ACCURACY_GATE, measure, least_accuracy, accuracy["miou_relative" if truth else "agreement_iou"]))
+        asked.append((ACCURACY_GATE, *_accuracy(report, least_accuracy)))
     if least_speedup is not None:
         asked.append((SPEED_GATE, "speedup", least_speedup, report["latency"]["speedup"]))
     return [
@@ -46,11 +47,44 @@ def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
     ]
 
 
+def _accuracy(report: dict[str, Any], least: float) -> tuple[str, float, float | None]:
+    """What accuracy is measured by, what was asked for, and what was reached."""
+    accuracy = report["accuracy"]
+    if accuracy["miou_baseline"] is None:
+        return "agreement with the baseline (no ground truth)", least, accuracy["agreement_iou"]
+    return "relative mIoU", least, accuracy["miou_relative"]
+
+
+def branches_needed(report: dict[str, Any], gates: Gates) -> str | None:
+    """Why low-rank branches must not be folded, or None where the engine without them is accurate enough."""
+    least = LEAST_WITH_FOLDED_BRANCHES if gates[0] is None else gates[0]
+    measure, _, reached = _accuracy(report, least)
+    if reached is not None and reached >= least:
+        return None
+    return f"{measure} is {_shown(reached)} with low-rank branches folded, below {least:g}"
+
+
+def slower_than_baseline(latency: dict[str, Any], gates: Gates) -> str | None:
+    """A warning where no gate asks for speed, or None; a difference that two digits do not show is none."""
+    if gates[1] is not None or round(latency["speedup"], 2) >= 1:
+        return None
+    return (
+        f"the engine is slower than its baseline: {latency['quantized_ms']:g} ms against {latency['baseline_ms']:g} ms "
+        f"({latency['speedup']:.2f}×, baseline {latency['baseline']}); {SPEED_GATE} 1 makes that an error"
+    )
+
+
+def _shown(reached: float | None) -> str:
+    return "unknown" if reached is None else f"{reached:.4f}"
+
+
 def missed_gate(report: dict[str, Any]) -> AccuracyGateMissed | SpeedGateMissed | None:
-    """The error to end with when a gate is missed, accuracy before speed."""
+    """The error to end with when a gate is missed or the baseline is none, accuracy before speed."""
+    half = report.get("half_precision")
+    if half is not None and half["state"] == BROKEN:
+        return AccuracyGateMissed(str(complaint(half)))
     for gate in report.get("gates", ()):
         if not gate["passed"]:
-            shown = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
-            message = f"{gate['gate']} is {shown}, below {gate['option']} {gate['asked']}"
+            message = f"{gate['gate']} is {_shown(gate['reached'])}, below {gate['option']} {gate['asked']}"
             return AccuracyGateMissed(message) if gate["option"] == ACCURACY_GATE else SpeedGateMissed(message)
     return None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,10 +17,15 @@ from samq.calib.parts import PARTS
 from samq.calib.sources import ImageSource, absolute, open_source, split
 from samq.errors import BadInput, UsageError
 from samq.export.lower_tensorrt import Branch
+from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
 NO_PLACEMENT = "none"
+AUTO: Final = "auto"
+REFIT = "refit"
+STATIC, ONE_IMAGE, DYNAMIC = "static shapes", "one image and any prompts", "dynamic shapes"
+SHAPES: Mapping[str, StaticShape] = {STATIC: StaticShape(), ONE_IMAGE: ANY_PROMPTS, DYNAMIC: ANY_SHAPE}
 CODE = ("calib", "quant", "export")  # packages whose code decides the weights and the ONNX files
 # Calibration images kept back for evaluation. Constants, so that a later `validate` finds the same split.
 MOST_SET_ASIDE = 32
@@ -37,16 +43,18 @@ class Job:
         num_eval_samples: images to evaluate on.
         engine: name of the engine.
         target: a TensorRT target, or None for the version at hand.
-        low_rank: what becomes of low-rank branches in a TensorRT engine, "branch" or "fold".
+        low_rank: what becomes of low-rank branches in a TensorRT engine, "branch", "fold", or "auto" for the faster one
+            that is accurate enough.
         placement: file that says which layers run in INT8 on TensorRT, "none" for all of them, or None for the one that
             samq ships for the GPU at hand.
-        build_options: what differs from the defaults of `samq.engines.tensorrt_plan.BuildOptions`.
+        build_options: what differs from the defaults of `samq.engines.tensorrt_plan.BuildOptions`; or "refit", the
+            output directory of another job, whose TensorRT plans get this job's weights.
         device: "cpu" or "cuda", for calibration, quantization and ONNX Runtime.
         seed: of every random choice.
         parts: parts to quantize.
         image_size: side of the model's input in pixels, None for the checkpoint's.
-        static_shapes: export with one image, one prompt and two points instead of dynamic numbers; None for what
-            suits the engine.
+        static_shapes: export with one image, one prompt and two points (True), with dynamic numbers (False), or as it
+            suits the engine (None).
         allow_pickle: accept a pickled checkpoint.
     """
 
@@ -56,7 +64,7 @@ class Job:
     num_eval_samples: int = 32
     engine: str = "onnxruntime"
     target: str | None = None
-    low_rank: Branch = "branch"
+    low_rank: Branch | Literal["auto"] = "branch"
     placement: str | None = None
     build_options: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -103,11 +111,16 @@ class Job:
         )
 
     @property
-    def is_static(self) -> bool:
-        """Whether shapes are static: TensorRT optimizes them best, ONNX Runtime does not care."""
+    def shapes(self) -> str:
+        """Name of what is exported, of `SHAPES`.
+
+        TensorRT optimizes an image encoder of static shape best. A mask decoder that takes any prompts costs it little,
+        and one of static shape changes the answers to clicks, which it gets filled up (`samq.engines.predictor`). ONNX
+        Runtime does not care.
+        """
         if self.static_shapes is None:
-            return self.engine == "tensorrt" or self.target is not None
-        return self.static_shapes
+            return ONE_IMAGE if self.engine == "tensorrt" or self.target is not None else DYNAMIC
+        return STATIC if self.static_shapes else DYNAMIC
 
     @property
     def is_demo(self) -> bool:

@@ -7,6 +7,8 @@ onnx/               canonical Q/DQ parts; fp32/ and fp16/ hold the baseline's
 engines/<target>/   lowered parts
 report/             report.json, prompts.json and examples/, and made of them: report.html, report.md
 triton/             model repository, from `samq-export triton`
+search/             what `samq-export search` measured, and the configs that it found
+placement.yaml      what `samq-export place` measured
 """
 
 from __future__ import annotations
@@ -21,7 +23,19 @@ from samq.errors import BadInput, UsageError
 from samq.files import is_temporary, removed, sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
-OURS = ("config.yaml", "weights", "onnx", "engines", "report", "triton", MANIFEST)  # the manifest goes last
+PLACEMENT = "placement.yaml"
+SEARCH = "search"
+OURS = (
+    "config.yaml",
+    "weights",
+    "onnx",
+    "engines",
+    "report",
+    "triton",
+    SEARCH,
+    PLACEMENT,
+    MANIFEST,
+)  # the manifest goes last
 STAGES = ("quantize", "export", "build", "validate")
 
 
@@ -89,7 +103,7 @@ class OutputDir:
                         f"{path} holds the results of another job (config, checkpoint, data or version differ);"
                         " choose another --output-dir or overwrite it with --force"
                     )
-            elif any(path.iterdir()) and not force:
+            elif _holds_more_than_a_search(path) and not force:
                 raise UsageError(f"{path} is not empty and not samq's; choose another --output-dir or give --force")
         claimed = OutputDir(path, job, fingerprint)
         claimed.save()
@@ -148,16 +162,30 @@ class OutputDir:
                 )
 
     def record(self, stage: str, artifacts: Iterable[Path], **details: Any) -> None:
-        """Note a finished stage in the manifest; later stages are no longer valid."""
+        """Note a finished stage in the manifest; later stages are no longer valid.
+
+        A file belongs to the stage that wrote it last: `build` lowers again what `export --target` lowered, perhaps in
+        other forms.
+        """
         digests = {str(path.relative_to(self.path)): sha256_of(path) for path in sorted(artifacts)}
         self.stages[stage] = {"artifacts": digests, **details}
-        for later in STAGES[STAGES.index(stage) + 1 :]:
+        index = STAGES.index(stage)
+        for earlier in STAGES[:index]:
+            for name in digests:
+                self.stages.get(earlier, {}).get("artifacts", {}).pop(name, None)
+        for later in STAGES[index + 1 :]:
             self.stages.pop(later, None)
         self.save()
 
     def save(self) -> None:
         """Write the manifest."""
         write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
+
+
+def _holds_more_than_a_search(path: Path) -> bool:
+    """There is something in a directory without a manifest that `samq-export search` did not leave."""
+    names = {entry.name for entry in path.iterdir()}
+    return bool(names - {SEARCH, "report"} if SEARCH in names else names)
 
 
 def _artifacts_in(path: Path) -> tuple[str, ...]:

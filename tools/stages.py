@@ -17,9 +17,10 @@ from samq.calib.checkpoint import Checkpoint, load_checkpoint
 from samq.calib.parts import PARTS
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import ImageSource, take
+from samq.engines.predictor import Predictor
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
-from samq.export.trace import StaticShape, trace
+from samq.export.trace import trace
 from samq.files import sha256_of, write_json, write_text
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.folds import Folds
@@ -28,8 +29,9 @@ from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
 from samq.tools.engine_memory import measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
-from samq.tools.gates import Gates, check_gates_can_be_told, judge
-from samq.tools.job import NO_PLACEMENT, Data, Job, fingerprint
+from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
+from samq.tools.half_precision import IMAGES, compare_with_fp32, complaint
+from samq.tools.job import AUTO, DYNAMIC, NO_PLACEMENT, SHAPES, STATIC, Data, Job, fingerprint
 from samq.tools.latency import measure_latency
 from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.progress import Reporter
@@ -38,7 +40,7 @@ from samq.tools.report.examples import draw_examples
 from samq.tools.report.pareto import read_search
 from samq.tools.report.writing import write_report
 from samq.tools.sqnr import layer_sqnr
-from samq.tools.targets import OnnxRuntimeCpu, Target, target_of, tensorrt_target
+from samq.tools.targets import OnnxRuntimeCpu, Target, TensorRt, target_of, tensorrt_target
 from samq.tools.watch import Watch
 
 SQNR_IMAGES = 4
@@ -93,6 +95,10 @@ def run_stages(
             if stage == "validate":
                 assert data is not None
                 report = run_validate(out, job, recipe, data, gates, reporter)
+                needed = branches_needed(report, gates)
+                if job.low_rank == AUTO and report["low_rank"] == "fold" and needed is not None:
+                    run_build(out, job, reporter, branches_because=needed)
+                    report = run_validate(out, job, recipe, data, gates, reporter)
             elif out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
                 reporter.say(f"{stage}: done before, nothing changed")
             elif stage == "quantize":
@@ -119,7 +125,7 @@ def _options_of(stage: str, job: Job) -> dict[str, Any]:
     """What besides the fingerprint decides a stage's result."""
     options: dict[str, dict[str, Any]] = {
         "quantize": {},
-        "export": {"static_shapes": job.is_static, "target": job.target, "low_rank": job.low_rank, **_placed(job)},
+        "export": {"shapes": job.shapes, "target": job.target, "low_rank": job.low_rank, **_placed(job)},
         "build": {key: getattr(job, key) for key in ("engine", "target", "low_rank", "build_options")}
         | _placed(job)
         | {"device": job.device if job.engine == "onnxruntime" else None},
@@ -177,7 +183,7 @@ def _quantize(
             return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
     asked = recipe.calib.num_samples
     count = min(asked, len(data.calibration))
-    batches = _batches(data.calibration, checkpoint.processor, count, recipe.calib.batch_size, job.seed, seen)
+    batches = pixel_batches(data.calibration, checkpoint.processor, count, recipe.calib.batch_size, job.seed, seen)
     steps = -(-count // recipe.calib.batch_size) + layers
     with reporter.track(f"quantize {layers} layers on {count} images", steps) as step:
         result = quantize(checkpoint.model, recipe, batches, job.parts, lambda _: step())
@@ -187,9 +193,10 @@ def _quantize(
     return result
 
 
-def _batches(
+def pixel_batches(
     source: ImageSource, processor: SamProcessor, count: int, size: int, seed: int, seen: list[str]
 ) -> Iterator[Tensor]:
+    """Pixel values [≤ size, 3, S, S] of `count` images of a source; the images' names go to `seen`."""
     held: list[Tensor] = []
     for sample in take(source, count, seed):
         seen.append(sample.name)
@@ -210,7 +217,7 @@ def warn_of_unreadable(source: ImageSource, reporter: Reporter) -> None:
 def _layer_table(quantized: Quantized, recipe: Recipe) -> list[dict[str, Any]]:
     rows = []
     for plan in quantized.plans:
-        row = asdict(plan) | {"requested": "float" if plan.skip else describe_request(recipe)}
+        row = asdict(plan) | {"requested": "float" if plan.skip else describe_request(recipe.of_layer(plan.name))}
         notes = quantized.notes.get(plan.name)
         if notes is not None:
             row |= asdict(notes)
@@ -240,7 +247,7 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     paths: list[Path] = []
     with reporter.track("export", 3 * len(PARTS)) as step:
         for part in PARTS:
-            skeleton = trace(baseline, part, StaticShape() if job.is_static else None)
+            skeleton = trace(baseline, part, SHAPES[job.shapes])
             for name, fill in (
                 (f"fp32/{part}.onnx", partial(float_part, skeleton, baseline, half=False)),
                 (f"fp16/{part}.onnx", partial(float_part, skeleton, baseline, half=True)),
@@ -273,29 +280,38 @@ def _check_shapes(out: OutputDir, job: Job) -> None:
     Raises:
         UsageError: they were not.
     """
-    exported = out.detail("export", "options")["static_shapes"]
-    if exported != job.is_static and (job.engine == "tensorrt" or job.static_shapes is not None):
-        kinds = ("dynamic", "static")
-        on_tensorrt = job.engine == "tensorrt"
-        wanted = f"--target {target_of(job).folder}" if on_tensorrt else f"--{kinds[job.is_static]}-shapes"
-        raise UsageError(
-            f"{out.path} was exported with {kinds[exported]} shapes, this engine wants {kinds[job.is_static]} ones; "
-            f"run `samq-export export {wanted}` first, or choose --{kinds[exported]}-shapes"
-        )
+    exported: str = out.detail("export", "options")["shapes"]
+    if exported == job.shapes or (job.engine != "tensorrt" and job.static_shapes is None):
+        return
+    options = {STATIC: "--static-shapes", DYNAMIC: "--dynamic-shapes"}
+    wanted = [f"--target {target_of(job).folder}"] if job.engine == "tensorrt" else []
+    wanted += [options[job.shapes]] if job.static_shapes is not None else []
+    instead = f", or choose {options[exported]}" if exported in options else ""
+    raise UsageError(
+        f"{out.path} was exported for {exported}, this engine is to take {job.shapes}; "
+        f"run `samq-export export {' '.join(wanted)}` first{instead}"
+    )
 
 
-def run_build(out: OutputDir, job: Job, reporter: Reporter) -> None:
-    """`onnx/` → `engines/<target>/`: the parts lowered for the target, and its engines."""
+def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: str | None = None) -> None:
+    """`onnx/` → `engines/<target>/`: the parts lowered for the target, and its engines.
+
+    Args:
+        branches_because: why low-rank branches are kept, whatever the job says.
+    """
     out.require("export")
     watch = Watch(reporter)
-    target = target_of(job)
+    if branches_because is not None:
+        reporter.say(f"{branches_because}: built again with branches")
+    target = target_of(job if branches_because is None else replace(job, low_rank="branch"))
     target.require()
     _check_shapes(out, job)
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
         paths += target.build(folder, step)
-    out.record("build", paths, **watch.taken(), options=_options_of("build", job))
+    made = target.branches(folder) if isinstance(target, TensorRt) else None
+    out.record("build", paths, **watch.taken(), options=_options_of("build", job), low_rank=made)
 
 
 def run_validate(
@@ -319,8 +335,9 @@ def run_validate(
     image_size = int(baseline.encoder.shapes["pixel_values"][-1])
     processor = SamProcessor.from_checkpoint(out.path / "weights", image_size)
     records: list[Record] | None = None
-    images, examples, sqnr = None, [], {}
+    images, half, examples, sqnr = None, None, [], {}
     if data.evaluation is not None:
+        half = _half_precision(out, job, target, baseline, data.evaluation, processor, reporter)
         count, seen = min(job.num_eval_samples, len(data.evaluation)), Seen()
         with reporter.track(f"evaluate, {count} images", count) as step:
             samples = seen.watch(take(data.evaluation, count, job.seed))
@@ -338,13 +355,39 @@ def run_validate(
             "baseline": target.baseline,
             **measure_latency(baseline, quantized, image_size),
         }
+    slower = slower_than_baseline(latency, gates)
+    if slower is not None:
+        reporter.warn(slower)
     memory = _engine_memory(out, target, reporter)
-    measured = Measured(records, images, examples, latency, sqnr, target.executed(folder), memory)
+    measured = Measured(records, images, examples, latency, sqnr, target.executed(folder), half, memory)
     report = build_report(out, job, recipe, data, target, measured, watch.taken())
     report["gates"] = judge(report, gates)
+    report["low_rank"] = out.stages["build"].get("low_rank")
     paths = write_report(out.path, report, records or [])
     out.record("validate", paths, **watch.taken())
     return report
+
+
+def _half_precision(
+    out: OutputDir,
+    job: Job,
+    target: Target,
+    baseline: Predictor,
+    source: ImageSource,
+    processor: SamProcessor,
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """How a GPU's FP16 baseline agrees with FP32 on the CPU; None where the baseline is in FP32."""
+    if isinstance(target, OnnxRuntimeCpu):
+        return None
+    count = min(IMAGES, len(source))
+    exact = OnnxRuntimeCpu().baseline_of(out.path / "onnx")
+    with reporter.track("FP16 against FP32", count) as step:
+        compared = compare_with_fp32(baseline, exact, take(source, count, job.seed), processor, step)
+    complained = complaint(compared)
+    if complained is not None:
+        reporter.warn(complained)
+    return compared
 
 
 def _engine_memory(out: OutputDir, target: Target, reporter: Reporter) -> dict[str, int | None]:

@@ -38,8 +38,9 @@ from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
 from samq.quant.config import Recipe
-from samq.tools.job import NO_PLACEMENT, Job
+from samq.tools.job import AUTO, NO_PLACEMENT, REFIT, Job
 
+ENGINES = "engines"  # folder of an output directory
 BASELINE = "fp16"  # folder of a GPU target's baseline
 LOWERING = "lowering.json"
 
@@ -142,8 +143,11 @@ class OnnxRuntimeCpu:
         return []
 
     def open(self, onnx: Path, folder: Path) -> tuple[Predictor, Predictor]:
-        make = OnnxRuntimeEngine
-        return _predictor(self.files(onnx / "fp32"), make), _predictor(self.files(folder), make)
+        return self.baseline_of(onnx), _predictor(self.files(folder), OnnxRuntimeEngine)
+
+    def baseline_of(self, onnx: Path) -> Predictor:
+        """The float parts that `export` left, in FP32."""
+        return _predictor(self.files(onnx / "fp32"), OnnxRuntimeEngine)
 
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_layers(path) for path in self.files(folder))
@@ -163,7 +167,7 @@ class OnnxRuntimeCuda:
 
     def executes(self, recipe: Recipe) -> str:
         """As `Target.executes`; CUDA kernels take no INT8 activations, and two levels of scales are stored as INT8."""
-        return f"INT{8 if recipe.two_level else recipe.wgts.bits} weights, FP16 arithmetic"
+        return f"INT{8 if recipe.two_level else recipe.wgts.bits} weights, dequantized at load, FP16 GEMM"
 
     def require(self) -> None:
         require_cuda()
@@ -204,12 +208,14 @@ class TensorRt:
         low_rank: what becomes of low-rank branches.
         placement: which layers run in INT8.
         options: of the builder.
+        refit: output directory of another job, whose refittable plans get this job's weights instead of a build.
     """
 
     target: TensorRtTarget
     low_rank: Branch = "branch"
     placement: Placement = EVERYWHERE
     options: BuildOptions = field(default_factory=BuildOptions)
+    refit: Path | None = None
     baseline: str = "FP16 plans, lowered and built the same way"
     float_arithmetic: str = "FP16"
     graphs: int = 2 * len(PARTS)
@@ -265,12 +271,26 @@ class TensorRt:
         paths = []
         for place in (folder, folder / BASELINE):
             for part in PARTS:
-                plan = place / f"{part}.plan"
-                float32 = tuple(notes[_key(place, folder, part)]["float32"])
-                tensorrt.build_engine(place / f"{part}.onnx", plan, replace(self.options, float32=float32))
+                onnx, plan = place / f"{part}.onnx", place / f"{part}.plan"
+                if self.refit is None:
+                    float32 = tuple(notes[_key(place, folder, part)]["float32"])
+                    tensorrt.build_engine(onnx, plan, replace(self.options, float32=float32))
+                else:
+                    old = self.refit / ENGINES / self.folder / plan.relative_to(folder)
+                    tensorrt.refit_engine(old, onnx, plan)
                 paths += [plan, sidecar_of(plan), log_of(plan)]
                 step()
         return paths
+
+    def branches(self, folder: Path) -> Branch | None:
+        """What became of the branches that neither placement nor format decides about; None where there are none."""
+        notes = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
+        open_to_choice = (
+            layer["branch"] and layer["compute"] == INT8_GEMM and self.placement.form(name) == "int8"
+            for part in PARTS
+            for name, layer in notes[part]["layers"].items()
+        )
+        return self.low_rank if any(open_to_choice) else None
 
     def open(self, onnx: Path, folder: Path) -> tuple[Predictor, Predictor]:
         open_engine = tensorrt.open_engine
@@ -303,7 +323,11 @@ def tensorrt_target(job: Job) -> TensorRt:
         MachineLacks: none is named, and there is no TensorRT at hand or one that no target stands for.
     """
     target = target_at_hand() if job.target is None else TARGETS[job.target]
-    return TensorRt(target, job.low_rank, _placement(job), BuildOptions.from_json(job.build_options))
+    low_rank: Branch = "fold" if job.low_rank == AUTO else job.low_rank  # the faster one first
+    options = {name: value for name, value in job.build_options.items() if name != REFIT}
+    refit = job.build_options.get(REFIT)
+    refitted = None if refit is None else Path(refit)
+    return TensorRt(target, low_rank, _placement(job), BuildOptions.from_json(options), refitted)
 
 
 def _placement(job: Job) -> Placement:

@@ -3,9 +3,10 @@
 Every object has the members of its class in one version's API list, and no others: what the code touches beyond them is
 an AttributeError, as with the real bindings. The device's memory is the host's. A "graph" is a JSON file:
 
-    {"inputs": [[name, shape, type, names of sides]], "layers": [[name, type, ONNX node, type of the output]]}
+    {"inputs": [[name, shape, type, names of sides]], "layers": [[name, type, ONNX node, type of the output]],
+     "weights": {layer/role: values}, "folded": [weights that a refitter lacks], "merged": [weights that go together]}
 
-and an engine computes y = 2·x + labels, x [batch, 3] HALF, labels [batch, 1] INT32, y FLOAT.
+and an engine computes y = 2·x + labels + sum(weights), x [batch, 3] HALF, labels [batch, 1] INT32, y FLOAT.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,38 @@ GRAPH = {
     ],
 }
 STATIC = {**GRAPH, "inputs": [["labels", [2, 1], "INT32", ["", ""]], ["x", [2, 3], "HALF", ["", ""]]]}
+WEIGHTS = {
+    **GRAPH,
+    "layers": [
+        *GRAPH["layers"],
+        ["table", "CONSTANT", "table", "FLOAT"],
+        ["c", "CONVOLUTION", "c", "FLOAT"],
+        ["d", "DECONVOLUTION", "d", "FLOAT"],
+    ],
+    "weights": {
+        "angles/Constant/CONSTANT": [1], "table/CONSTANT": [2], "c/KERNEL": [3, 4], "c/BIAS": [5], "d/KERNEL": [6],
+        "d/BIAS": [],
+    },
+    "folded": ["angles/Constant/CONSTANT"],
+    "merged": ["c/KERNEL", "c/BIAS"],
+}  # fmt: skip
+ROLES = {
+    "CONSTANT": ("IConstantLayer", {"CONSTANT": "weights"}),
+    "CONVOLUTION": ("IConvolutionLayer", {"KERNEL": "kernel", "BIAS": "bias"}),
+    "DECONVOLUTION": ("IDeconvolutionLayer", {"KERNEL": "kernel", "BIAS": "bias"}),
+}
 TYPES = {"HALF": np.float16, "INT32": np.int32, "FLOAT": np.float32}
+
+
+class Named(int):
+    """A member of an enumeration."""
+
+    name: str
+
+    def __new__(cls, value: int, name: str) -> Named:
+        member = super().__new__(cls, value)
+        member.name = name
+        return member
 
 
 class Host(bytes):
@@ -71,12 +103,16 @@ class Simulation:
             return self.version
         if name not in self.members:
             raise AttributeError(f"TensorRT {self.version} has no {name}")
+        if name in [kind for kind, _ in ROLES.values()]:
+            return SimpleNamespace(kind=name)
         if name == "ILogger":
             return type("ILogger", (), {m: m for m in self.members["ILogger"] if m.isupper()})
         if name == "IProgressMonitor":
             return object
         make = getattr(self, f"_{name}", None)
-        return make if make is not None else SimpleNamespace(**{m: i for i, m in enumerate(self.members[name])})
+        return (
+            make if make is not None else SimpleNamespace(**{m: Named(i, m) for i, m in enumerate(self.members[name])})
+        )
 
     def values(self, name: str) -> list[Any]:
         """Arguments of all calls, or values of all settings, of a Class.member."""
@@ -106,16 +142,25 @@ class Simulation:
     def _network(self, content: dict[str, Any]) -> Any:
         network = self.make("INetworkDefinition", get_input=lambda i: self._tensor(*network.content["inputs"][i]))
         object.__setattr__(network, "content", content)
-        network.known.update(get_layer=lambda i: self._layer(*content["layers"][i]))
+        output = self.make("ITensor", name="y", dtype=self.DataType.FLOAT)
+        network.known.update(
+            get_layer=lambda i: self._layer(content, *content["layers"][i]), num_outputs=1, get_output=lambda i: output
+        )
         return network
 
     def _tensor(self, name: str, shape: list[int], dtype: str, sides: list[str]) -> Any:
-        return self.make("ITensor", name=name, shape=shape, get_dimension_name=lambda i: sides[i])
+        wanted = getattr(self.DataType, dtype)
+        return self.make("ITensor", name=name, shape=shape, dtype=wanted, get_dimension_name=lambda i: sides[i])
 
-    def _layer(self, name: str, kind: str, node: str, dtype: str) -> Any:
-        output = self.make("ITensor", dtype=getattr(self.DataType, dtype), is_network_output=name == "y")
+    def _layer(self, content: dict[str, Any], name: str, kind: str, node: str, dtype: str) -> Any:
+        output = self.make(
+            "ITensor",
+            dtype=getattr(self.DataType, dtype),
+            is_network_output=name == "y",
+            shape=content.get("shape", []),
+        )
         requests = {"precision": None, "set_output_type": lambda index, dtype: None}
-        return self.make(
+        layer = self.make(
             "ILayer",
             name=name,
             type=getattr(self.LayerType, kind),
@@ -124,6 +169,12 @@ class Simulation:
             get_output=lambda index: output,
             **{member: value for member, value in requests.items() if member in self.members["ILayer"]},
         )
+        roles = ROLES.get(kind, ("", {}))[1]
+        weights = {
+            m: np.array(content.get("weights", {}).get(f"{name}/{role}", []), np.float32) for role, m in roles.items()
+        }
+        object.__setattr__(layer, "own", weights)
+        return layer
 
     def _config(self) -> Any:
         sources = len(self.members["TacticSource"])
@@ -172,7 +223,7 @@ class Simulation:
         tensors["y"] = (tensors["x"][0], "FLOAT", "OUTPUT")
         limits = {-1: (1, 2, 4)}
         layer = {"Name": "a.qkv/MatMul", "LayerType": "gemm", "Inputs": [{"Format/Datatype": "Int8"}], "Outputs": []}
-        return self.make(
+        engine = self.make(
             "ICudaEngine",
             num_io_tensors=len(tensors),
             get_tensor_name=lambda i: list(tensors)[i],
@@ -185,10 +236,51 @@ class Simulation:
             create_engine_inspector=lambda: self.make(
                 "EngineInspector", get_engine_information=lambda kind: json.dumps({"Layers": [layer]})
             ),
-            create_execution_context=self._context,
+            create_execution_context=lambda: self._context(content),
+            serialize=lambda: Host(json.dumps(content).encode()),
         )
+        object.__setattr__(engine, "content", content)
+        return engine
 
-    def _context(self) -> Any:
+    def _Refitter(self, engine: Any, logger: Any) -> Any:
+        content, given = engine.content, {}
+        takes = [key for key in content["weights"] if key not in content["folded"]]
+
+        def told(keys: Iterable[str]) -> tuple[list[str], list[Any]]:
+            pairs = [key.rpartition("/") for key in keys]
+            return [layer for layer, _, _ in pairs], [getattr(self.WeightsRole, role) for _, _, role in pairs]
+
+        def set_weights(layer: str, role: Any, weights: NDArray[Any]) -> bool:
+            given[f"{layer}/{role.name}"] = weights.tolist()
+            return True
+
+        def missing() -> list[str]:
+            merged = content["merged"]
+            return [key for key in merged if key not in given] if set(merged) & set(given) else []
+
+        def refit() -> bool:
+            content["weights"].update(given)
+            return not missing()
+
+        refitter = self.make(
+            "Refitter",
+            get_all=lambda: told(takes),
+            get_missing=lambda: told(missing()),
+            set_weights=set_weights,
+            refit_cuda_engine=refit,
+        )
+        object.__setattr__(refitter, "takes", lambda new: given.update({key: new[key] for key in takes}))
+        return refitter
+
+    def _OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        def refit_from_file(path: str) -> bool:
+            refitter.takes(json.loads(Path(path).read_text(encoding="utf-8"))["weights"])
+            return True
+
+        error = self.make("ParserError", desc=lambda: "an initializer is missing")
+        return self.make("OnnxParserRefitter", refit_from_file=refit_from_file, num_errors=1, get_error=lambda i: error)
+
+    def _context(self, content: dict[str, Any]) -> Any:
         shapes: dict[str, tuple[int, ...]] = {}
         addresses: dict[str, int] = {}
 
@@ -197,7 +289,7 @@ class Simulation:
                 view(addresses[name], shape_of(name), TYPES[kind])
                 for name, kind in (("x", "HALF"), ("labels", "INT32"), ("y", "FLOAT"))
             )
-            y[:] = 2 * x.astype(np.float32) + labels
+            y[:] = 2 * x.astype(np.float32) + labels + sum(map(sum, content.get("weights", {}).values()))
             return True
 
         def shape_of(name: str) -> tuple[int, ...]:
@@ -224,6 +316,8 @@ class Simulated:
     simulation: Simulation
     kind: str
     known: dict[str, Any]
+    own: dict[str, Any]
+    content: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.simulation.members[self.kind]:
@@ -243,6 +337,10 @@ class Simulated:
         return recorded
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":  # the bindings are told what a layer is
+            object.__setattr__(self, "kind", value.kind)
+            self.known.update(self.own)
+            return
         if name not in self.simulation.members[self.kind]:
             raise AttributeError(f"{self.kind} of TensorRT {self.simulation.version} has no {name}")
         self.simulation.done.append((f"{self.kind}.{name}", value))

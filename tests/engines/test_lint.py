@@ -14,13 +14,14 @@ import pytest
 from lowered import static_form
 from numpy.typing import NDArray
 
-from samq.calib.parts import IMAGE_ENCODER, PARTS
+from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
 from samq.engines.lint import RULES, lint, require_clean
 from samq.errors import BadInput
 from samq.export.graph import add_initializer, producer
 from samq.export.lower_tensorrt import INT4_GEMM, lower_for_tensorrt
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
+from samq.export.trace import ANY_SHAPE, StaticShape
 
 SIGNED = {"wgts": {"dtype": "sint4"}}
 FORMS: list[tuple[str, dict[str, Any]]] = [
@@ -43,6 +44,13 @@ def test_lowered_graphs_are_clean(
     assert lint(lowered.model, target) == []
     if changes and target.int4_blocks and part == IMAGE_ENCODER:
         assert INT4_GEMM in {layer.compute for layer in lowered.layers.values()}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("shapes", [StaticShape(), StaticShape(1, 8, None), ANY_SHAPE])
+def test_lowered_decoders_of_other_shapes_are_clean(shapes: StaticShape, target: TensorRtTarget) -> None:
+    lowered = lower_for_tensorrt(static_form("float", MASK_DECODER, shapes), target, rewrites=REWRITES)
+    assert lint(lowered.model, target) == []
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
@@ -209,6 +217,7 @@ COUNT = "agraph (int64[2,3] x) => (int64[2,1] y) { a = Constant <value_ints = [1
 CLIP = "agraph (int64[2] x) => (int64[2] y) { a = Constant <value_int = 1> () y = Clip (x, a) }"
 TRUTH = "agraph (bool[2] x, bool[2] z) => (bool[2] y) { y = Equal (x, z) }"
 SQUEEZE = "agraph (float[1,2] x, int64[1] a) => (float[2] y) { y = Squeeze (x, a) }"
+SHAPE = "agraph (float[N,2] x) => (int64[1] y) { y = Shape <start = 0, end = 1> (x) }"
 GELU = "agraph (float[2] x) => (float[2] y) { y = Gelu (x) }"
 FOREIGN = "agraph (float[2] x) => (float[2] y) { y = com.microsoft.FastGelu (x) }"
 PRESET, INT4 = "int8_w8a8", "int4_w4only_rtn"
@@ -244,6 +253,7 @@ BROKEN: list[tuple[str, str, Callable[[], tuple[ir.Model, TensorRtTarget]]]] = [
     ("folded", "node_1", of(FOLDED)),
     ("constant-axes", "node_0", of(SQUEEZE)),
     ("int64-range", "end", of(SLICE)),
+    ("whole-shape", "node_0", of(SHAPE)),
     ("resize", "node_1", of(RESIZE)),
     ("layer-normalization", "node_1", of(NORMALIZATION)),
     ("explicit-zero-point", "quantize_input", broken(PRESET, TRT8, drop_zero_point)),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
 import numpy as np
 import pytest
 from exported import float_model, float_predictor
+from numpy.typing import NDArray
 from small_model import IMAGE_SIZE, pixels
 
 from samq.calib.parts import MASK_DECODER
+from samq.engines.base import Arrays, BoundedEngine
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.predictor import MULTI, SINGLE, Predictions, Predictor
 from samq.errors import UsageError
 from samq.export.parts import float_part, save_part
-from samq.export.trace import StaticShape, trace
+from samq.export.trace import ANY_PROMPTS, StaticShape, trace
 
 COORDS = (np.random.default_rng(0).random((5, 2, 2)) * IMAGE_SIZE).astype(np.float32)
 LABELS = np.array([[1, 0], [2, 3], [1, 1], [2, 3], [1, 0]], np.int64)
@@ -58,6 +64,33 @@ def test_more_points_than_a_static_decoder_takes_is_one_line(static: Predictor) 
     features = static.encode(pixels(1)[0].numpy())
     with pytest.raises(UsageError, match="3 points a prompt, not 4"):
         static.decode(features, np.zeros((1, 4, 2), np.float32), np.ones((1, 4), np.int64))
+
+
+class Bounded(OnnxRuntimeEngine):
+    """Takes two prompts of two points at most, as a plan with such a profile does."""
+
+    largest = MappingProxyType({"prompts": 2, "points": 2})
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        assert feeds["point_coords"].shape[1] <= self.largest["prompts"]
+        return super().run(feeds)
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_decoder_of_dynamic_shape_gets_prompts_as_they_are(dynamic: Predictor, points: int, tmp_path: Path) -> None:
+    """No prompt is filled up, however many the decoder takes at a time."""
+    path = tmp_path / "decoder.onnx"
+    save_part(float_part(trace(float_model(), MASK_DECODER, ANY_PROMPTS), float_model(), half=False), path)
+    bounded = Predictor(dynamic.encoder, Bounded(path))
+    assert isinstance(bounded.decoder, BoundedEngine)
+    assert not isinstance(dynamic.decoder, BoundedEngine)
+    features = dynamic.encode(pixels(1)[0].numpy())
+    coords, labels = COORDS[:, :points], LABELS[:, :points]
+    together, apart = (predictor.decode(features, coords, labels) for predictor in (dynamic, bounded))
+    np.testing.assert_allclose(apart.masks, together.masks, rtol=1e-3, atol=1e-4 * np.abs(together.masks).max())
+    np.testing.assert_allclose(apart.scores, together.scores, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match=r"2 points a prompt, not 3; .*--max-points 3"):
+        bounded.decode(features, np.zeros((1, 3, 2), np.float32), np.ones((1, 3), np.int64))
 
 
 def test_prompts_do_not_see_each_other(dynamic: Predictor) -> None:

@@ -148,6 +148,9 @@ def test_the_names_are_found() -> None:
         "IExecutionContext.execute_async_v3",
         "ICudaEngine.get_tensor_profile_shape",
         "LayerType.QUANTIZE",
+        "Refitter.set_weights",
+        "OnnxParserRefitter.refit_from_file",
+        "IConstantLayer.weights",
     }
     assert len(names) > 60
 

@@ -15,7 +15,7 @@ from samq.engines.base import Executed
 from samq.engines.cuda import Device
 from samq.engines.tensorrt_build import build_engine, timing_cache_name, wanted_flags
 from samq.engines.tensorrt_network import profile_shapes
-from samq.engines.tensorrt_plan import BuildOptions, PlanTensor, executed_layers, load_info
+from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, PlanTensor, executed_layers, load_info
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.files import sha256_of
 
@@ -71,6 +71,28 @@ def test_what_the_builder_is_told(trt: Simulation, onnx: Path, tmp_path: Path) -
     shapes = [("labels", (1, 1), (2, 1), (4, 1)), ("x", (1, 3), (2, 3), (4, 3))]
     assert trt.values("IOptimizationProfile.set_shape") == shapes
     assert len(trt.values("IBuilderConfig.add_optimization_profile")) == 1
+
+
+def test_sides_that_nobody_asked_about_have_the_usual_ranges(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    info = build_engine(onnx, tmp_path / "part.plan")
+    smallest, usual, largest = USUAL_RANGES["batch"]
+    assert trt.values("IOptimizationProfile.set_shape")[0] == ("labels", (smallest, 1), (usual, 1), (largest, 1))
+    assert info.largest == {"batch": largest}
+
+
+def test_fp16_at_the_ends_where_it_is_asked_for(trt: Simulation, tmp_path: Path) -> None:
+    """Of float32 inputs and outputs, when the layers have their types; a strongly typed graph says its own."""
+    path = tmp_path / "part.onnx"
+    path.write_text(json.dumps(GRAPH).replace("HALF", "FLOAT"), encoding="utf-8")
+    build_engine(path, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    assert trt.values("ITensor.dtype") == []
+    build_engine(path, tmp_path / "part.plan", BuildOptions(ranges=RANGES, half_io=("labels", "x", "y", "z")))
+    weak = trt.version == "8.6.0"
+    assert trt.values("ITensor.dtype") == ([trt.DataType.HALF] * 2 if weak else [])
+    done = [name for name, _ in trt.done]
+    assert not weak or done.index("ITensor.dtype") > max(
+        index for index, name in enumerate(done) if name == "ILayer.set_output_type"
+    )
 
 
 def test_float32_where_it_is_asked_for(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
@@ -165,7 +187,7 @@ def test_a_builder_that_does_not_start(trt: Simulation, onnx: Path, tmp_path: Pa
 
 def test_what_is_missing(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="input labels has a dynamic side 'batch' without a range"):
-        build_engine(onnx, tmp_path / "part.plan")
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges={}))
     with pytest.raises(BadInput, match=r"none\.onnx is missing"):
         build_engine(tmp_path / "none.onnx", tmp_path / "part.plan")
 

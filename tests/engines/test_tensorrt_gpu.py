@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from exported import as_written
+from lowered import feeds as prompts_of
+from lowered import static_form
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from samq.calib.parts import MASK_DECODER
 from samq.engines import tensorrt
 from samq.engines.tensorrt_plan import BuildOptions, executed_layers, load_info
 from samq.errors import BadInput, MachineLacks, UsageError
+from samq.export.lower_tensorrt import lower_for_tensorrt
+from samq.export.parts import save_part
+from samq.export.tensorrt_rewrites import REWRITES
+from samq.export.tensorrt_targets import TARGETS
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +40,10 @@ def _needs_tensorrt() -> None:
         pytest.skip(str(error))
 
 
-def graph(path: Path, batch: int | str = 1, *, quantized: bool = False) -> Path:
+def graph(path: Path, batch: int | str = 1, *, quantized: bool = False, weight: NDArray[np.float32] = WEIGHT) -> Path:
     """x [batch, tokens, 64] → MatMul → + labels [batch, 1, 1] (int64) → y, with Q/DQ around the product or without."""
     names = ("x", "weight")
-    constants = {"weight": WEIGHT}
+    constants = {"weight": weight}
     nodes = []
     if quantized:
         constants = {"codes": CODES, "scale": np.array(SCALE), "step": STEP.astype(np.float32)}
@@ -102,13 +110,46 @@ def test_a_static_plan(tmp_path: Path, cuda_graph: bool) -> None:
 def test_a_dynamic_plan(tmp_path: Path) -> None:
     path, plan = graph(tmp_path / "part.onnx", "batch"), tmp_path / "part.plan"
     with pytest.raises(UsageError, match="dynamic side 'batch'"):
-        tensorrt.build_engine(path, plan)
+        tensorrt.build_engine(path, plan, BuildOptions(ranges={}))
     tensorrt.build_engine(path, plan, BuildOptions(ranges={"batch": (1, 2, 4)}))
     engine = tensorrt.open_engine(plan, cuda_graph=True)
     assert engine.shapes["x"] == ("batch", TOKENS, INPUTS)
     for batch in (4, 1, 2, 2):
         given = feeds(batch)
         assert relative_error(engine.run(given)["y"], expected(given)) < 2e-3
+    engine.close()
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_refittable_plan_gets_other_weights(tmp_path: Path, fp16: bool) -> None:
+    plan, new = tmp_path / "old.plan", tmp_path / "new.plan"
+    tensorrt.build_engine(graph(tmp_path / "old.onnx"), plan, BuildOptions(fp16=fp16, refittable=True))
+    tensorrt.refit_engine(plan, graph(tmp_path / "new.onnx", weight=-2 * WEIGHT), new)
+    given = feeds(1)
+    for path, factor in ((plan, 1), (new, -2)):
+        engine = tensorrt.open_engine(path)
+        exact = factor * (given["x"] @ WEIGHT) + given["labels"]
+        assert relative_error(engine.run(given)["y"], exact) < 2e-3
+        engine.close()
+    with pytest.raises(BadInput, match="other layers or shapes"):
+        tensorrt.refit_engine(plan, graph(tmp_path / "other.onnx", quantized=True), new)
+
+
+def test_a_mask_decoder_takes_any_prompts(tmp_path: Path) -> None:
+    version, _ = tensorrt.about()
+    lowered = lower_for_tensorrt(
+        static_form("float", MASK_DECODER), TARGETS[f"trt{version.partition('.')[0]}"], rewrites=REWRITES
+    )
+    path, plan = tmp_path / "decoder.onnx", tmp_path / "decoder.plan"
+    save_part(lowered.model, path)
+    tensorrt.build_engine(path, plan, BuildOptions(float32=lowered.float32))
+    engine, exact = tensorrt.open_engine(plan), static_form("float", MASK_DECODER)
+    for sizes in ({"prompts": 1, "points": 1}, {"prompts": 1, "points": 2}, {"prompts": 16, "points": 16}):
+        given = prompts_of(exact, sizes)
+        found = engine.run(given)
+        for name, expected in zip(engine.outputs, as_written(exact, given), strict=True):
+            last = slice(-3, None)  # without the mask that is chosen by a threshold, which FP16 may cross
+            assert relative_error(found[name][:, :, last], expected[:, :, last]) < 2e-2
     engine.close()
 
 
@@ -128,6 +169,21 @@ def test_float32_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
     info = tensorrt.build_engine(path, plan, BuildOptions(float32=("a.layer/MatMul",)))
     assert executed_layers(plan)["a.layer"].compute == "FP32 GEMM"
     assert not [text for text in info.warnings if "no layer to keep" in text]
+
+
+def test_fp16_at_the_ends_where_it_is_asked_for(tmp_path: Path) -> None:
+    """As between the blocks of an engine; a strongly typed graph says its own types."""
+    for quantized in (False, True):
+        path, plan = graph(tmp_path / "part.onnx", quantized=quantized), tmp_path / "part.plan"
+        info = tensorrt.build_engine(path, plan, BuildOptions(half_io=("x", "y")))
+        types = {tensor.name: tensor.dtype for tensor in (*info.inputs, *info.outputs)}
+        wanted = "float32" if info.strongly_typed else "float16"
+        assert (types["x"], types["y"]) == (wanted, wanted)
+        engine, given = tensorrt.open_engine(plan), feeds(1)
+        assert relative_error(engine.run(given)["y"].astype(np.float32), expected(given)) < (
+            0.02 if quantized else 3e-3
+        )
+        engine.close()
 
 
 def test_an_operator_that_is_unknown_is_named(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ import pytest
 
 from samq.engines.base import Executed
 from samq.engines.cuda import Device
+from samq.engines.predictor import MOST_PROMPTS_AT_ONCE
 from samq.engines.tensorrt_layers import EngineLayer
 from samq.engines.tensorrt_plan import (
+    USUAL_RANGES,
     BuildOptions,
     PlanInfo,
     PlanTensor,
+    Refittable,
     executed_layers,
     load_info,
     save_info,
@@ -39,6 +42,7 @@ INFO = PlanInfo(
     gemms=("a.qkv/MatMul",),
     layers=(EngineLayer("a.qkv/MatMul", "gemm", "INT8", "", "sm80_i8i8", ("a.qkv/MatMul",)),),
     warnings=("something to know",),
+    refittable=Refittable("structure", {"a/KERNEL": "digest", "b/CONSTANT": ""}),
 )
 
 
@@ -58,8 +62,9 @@ def test_a_sidecar_reads_as_it_was_written(plan: Path) -> None:
 
 def test_options_read_as_they_were_written() -> None:
     options = BuildOptions(
-        fp16=False, float32=("a", "b"), version_compatible=True, tactics_off=("CUDNN",), ranges={"prompts": (1, 2, 3)}
-    )
+        fp16=False, float32=("a", "b"), half_io=("c",), version_compatible=True, tactics_off=("CUDNN",),
+        ranges={"prompts": (1, 2, 3)},
+    )  # fmt: skip
     assert BuildOptions.from_json(json.loads(json.dumps(asdict(options)))) == options
     assert BuildOptions.from_json({}) == BuildOptions()
 
@@ -124,6 +129,15 @@ def test_wrong_options_are_one_line(values: dict[str, Any], text: str) -> None:
 )
 def test_where_a_plan_fits(options: dict[str, Any], device: Device, version: str, sentence: str | None) -> None:
     assert replace(INFO, options=BuildOptions(**options)).misfit(device, version) == sentence
+
+
+def test_the_usual_ranges_hold_what_predictors_send() -> None:
+    """A click (one point) and a box (two), one prompt and as many as are sent at once."""
+    assert BuildOptions().ranges == USUAL_RANGES
+    assert USUAL_RANGES["prompts"] == (1, 1, MOST_PROMPTS_AT_ONCE)
+    assert USUAL_RANGES["points"][:2] == (1, 2)
+    assert INFO.largest == {"batch": 8}
+    assert replace(INFO, inputs=(PlanTensor("x", (1, 3), "float32"),)).largest == {}
 
 
 def test_plans_and_sidecars_that_do_not_belong_together(plan: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
 
 from samq.engines import cuda, tensorrt_log
+from samq.engines.base import BoundedEngine
 from samq.engines.tensorrt_build import build_engine
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.engines.tensorrt_run import TensorRtEngine
@@ -58,6 +59,8 @@ def test_numbers(plan: Path, cuda_graph: bool) -> None:
     engine = TensorRtEngine(plan, cuda_graph=cuda_graph)
     assert (engine.inputs, engine.outputs) == (["labels", "x"], ["y"])
     assert engine.shapes == {"labels": ("batch", 1), "x": ("batch", 3)}
+    assert isinstance(engine, BoundedEngine)
+    assert engine.largest == {"batch": 4}
     for batch in (3, 1, 4, 4):
         given = feeds(batch)
         answer = engine.run(given)
@@ -132,6 +135,7 @@ def test_wrong_inputs_are_one_line(plan: Path, tmp_path: Path) -> None:
 def test_a_static_plan_takes_one_shape(trt: Simulation, tmp_path: Path) -> None:
     engine = TensorRtEngine(built(STATIC, tmp_path))
     assert engine.shapes == {"labels": (2, 1), "x": (2, 3)}
+    assert engine.largest == {}
     assert engine.run(feeds(2))["y"].shape == (2, 3)
     with pytest.raises(BadInput, match=r"labels is \[1, 1\], and the engine takes \[2, 1\]"):
         engine.run(feeds(1))

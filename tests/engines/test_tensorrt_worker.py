@@ -117,6 +117,8 @@ def test_a_worker_raises_here_what_was_raised_there(python: str, tmp_path: Path)
         worker.build(onnx, tmp_path / "part.plan", BuildOptions(workspace_mib=64))
     with pytest.raises(BadInput, match=r"none\.onnx is missing"):
         worker.build(tmp_path / "none.onnx", tmp_path / "part.plan")
+    with pytest.raises(BadInput, match=r"none\.plan is missing"):
+        worker.refit(tmp_path / "none.plan", onnx, tmp_path / "new.plan")
     with pytest.raises(UsageError, match="unexpected keyword argument 'more'"):
         worker.call("build", onnx=str(onnx), plan="p", options={"more": 1})
     folder = worker.folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,6 +118,15 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     answer = samq("run", *whole_job(inputs), "--output-dir", out, "--json")
     assert answer.code == 0, answer.err
     return out, answer
+
+
+@pytest.fixture(scope="session")
+def exported(finished: tuple[Path, Answer], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished job (with low-rank branches), exported with static shapes; not to be changed."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    shutil.copytree(finished[0], out)
+    assert samq("export", "--output-dir", out, "--target", "trt8").code == 0
+    return out
 
 
 @pytest.fixture(scope="session")

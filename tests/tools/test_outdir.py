@@ -75,6 +75,22 @@ def test_a_stage_done_again_invalidates_the_later_ones(tmp_path: Path) -> None:
     assert set(OutputDir.open(tmp_path / "out").stages) == {"quantize", "export"}
 
 
+def test_a_file_belongs_to_the_stage_that_wrote_it_last(tmp_path: Path) -> None:
+    """`build` lowers again what `export --target` lowered."""
+    out = _filled(tmp_path / "out")
+    files = [tmp_path / "out" / "onnx" / "a", tmp_path / "out" / "engines" / "a"]
+    for path in files:
+        write_text(path, "as exported")
+    out.record("export", files)
+    write_text(files[1], "as built")
+    out.record("build", files[1:])
+    out.require("build")
+    assert list(out.stages["export"]["artifacts"]) == ["onnx/a"]
+    write_text(files[1], "changed by hand")
+    with pytest.raises(BadInput, match="since `build`"):
+        out.require("build")
+
+
 def test_another_job_never_overwrites(tmp_path: Path) -> None:
     _filled(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}

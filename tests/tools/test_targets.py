@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.export.graph import int_attribute
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, PLACED, LoweredLayer, lower_for_tensorrt
-from samq.export.placement import SHIPPED, load_placement
+from samq.export.placement import SHIPPED, fastest, load_placement
 from samq.export.tensorrt_targets import TARGETS
+from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
 from samq.quant.config import load_recipe, preset_names
-from samq.tools.job import Job
+from samq.tools.job import SHAPES, Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
 from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of
@@ -108,10 +110,11 @@ def test_a_job_for_an_engine_that_is_not_here_ends_before_it_begins(
     assert not out.exists()
 
 
-def test_a_plan_of_static_shapes_needs_such_an_export(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_needs_graphs_that_were_exported_for_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", GPU))
     build = ("build", "--output-dir", out, "--engine", "tensorrt")
-    refused(samq(*build), 2, "dynamic shapes", "export --target trt8")
+    refused(samq(*build), 2, "for dynamic shapes", "one image and any prompts", "export --target trt8`")
+    refused(samq(*build, "--static-shapes"), 2, "take static shapes", "export --target trt8 --static-shapes`")
     refused(samq(*build, "--target", "trt10"), 2, "--target trt8")
     monkeypatch.setattr(tensorrt, "about", lambda: ("7.2.3", GPU))
     refused(samq(*build), 5, "TensorRT 7.2.3", "trt8, trt10, trt11")
@@ -128,12 +131,15 @@ def test_each_engine_has_its_target() -> None:
         assert (target.folder, target.options.optimization_level) == (name, 5)
 
 
-def test_shapes_are_static_for_tensorrt_unless_told_otherwise() -> None:
-    assert not Job("model").is_static
-    assert Job("model", engine="tensorrt").is_static
-    assert Job("model", target="trt10").is_static
-    assert not Job("model", engine="tensorrt", static_shapes=False).is_static
-    assert Job("model", static_shapes=True).is_static
+def test_tensorrt_takes_one_image_and_any_prompts_unless_told_otherwise() -> None:
+    for job, unasked in (
+        (Job("model", engine="tensorrt"), ANY_PROMPTS),
+        (Job("model", target="trt10"), ANY_PROMPTS),
+        (Job("model"), ANY_SHAPE),
+    ):
+        assert SHAPES[job.shapes] == unasked
+        assert SHAPES[replace(job, static_shapes=False).shapes] == ANY_SHAPE
+        assert SHAPES[replace(job, static_shapes=True).shapes] == StaticShape()
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -144,9 +150,9 @@ def test_what_engines_execute_is_what_the_lowerings_make(name: str) -> None:
         layers = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TARGETS[target]).layers
         changed = [layer for layer in layers.values() if layer.compute != FLOAT_GEMM or layer.reason]
         assert told[target] == Counter(map(_words, changed)).most_common(1)[0][0]
-    on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER)).model.graph
+    on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER), weights="packed").model.graph
     (bits,) = {int_attribute(node, "bits", 0) for node in on_gpu if node.op_type == "MatMulNBits"}
-    assert told["onnxruntime-cuda"] == f"INT{bits} weights, FP16 arithmetic"
+    assert told["onnxruntime-cuda"] == f"INT{bits} weights, dequantized at load, FP16 GEMM"
 
 
 def _words(layer: LoweredLayer) -> str:
@@ -212,6 +218,7 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
 def test_shipped_placements_choose_the_fastest_form() -> None:
     for path in SHIPPED.glob("*.yaml"):
         placement = load_placement(path)
-        assert placement.milliseconds
-        for block, times in placement.milliseconds.items():
-            assert placement.form(f"{block}.attn.qkv") == min(times, key=times.__getitem__)
+        chosen = fastest(placement.blocks, placement.gpu, placement.tensorrt)
+        assert placement.blocks
+        for block in placement.blocks:
+            assert placement.form(f"{block}.attn.qkv") == chosen.form(f"{block}.attn.qkv")

@@ -129,12 +129,29 @@ def test_plans_are_served_by_tensorrt_in_fp16_within_their_ranges(out: Path) -> 
 
 
 def test_an_engine_of_static_shape_has_no_batching(out: Path) -> None:
-    assert samq("triton", "--output-dir", with_plans(out, dynamic=False)).code == 0
+    assert samq("triton", "--output-dir", with_plans(out, dynamic=())).code == 0
     config = config_of(out / "triton", "sam_image_encoder")
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
     assert tensors_of(config.input) == {"pixel_values": ("TYPE_FP16", [1, 3, 128, 128])}
     assert config_of(out / "triton", "sam").parameters["max_points"].string_value == "1"
+
+
+def test_plans_for_one_image_take_any_prompts_and_are_not_batched(out: Path) -> None:
+    """What TensorRT jobs build unless told otherwise: prompts are never filled up."""
+    assert samq("triton", "--output-dir", with_plans(out, dynamic=("prompts", "points"))).code == 0
+    repository = out / "triton"
+    for model in MODELS.values():
+        config = config_of(repository, model)
+        assert config.max_batch_size == 0
+        assert not config.HasField("dynamic_batching")
+    config = config_of(repository, "sam_mask_decoder")
+    assert tensors_of(config.input)["point_coords"] == ("TYPE_FP16", [1, -1, -1, 2])
+    assert list(config.model_warmup[0].inputs["point_coords"].dims) == [1, 1, 1, 2]
+    settings = json.loads((repository / "sam" / "1" / "settings.json").read_text())
+    assert settings["mask_decoder"]["inputs"]["point_coords"]["shape"] == [1, "prompts", "points", 2]
+    assert settings["prompts_at_once"] == MOST["prompts"]
+    assert config_of(repository, "sam").parameters["max_points"].string_value == str(MOST["points"])
 
 
 def test_plans_for_several_gpus_stand_side_by_side(out: Path, tmp_path: Path) -> None:
@@ -153,7 +170,7 @@ def test_plans_for_several_gpus_stand_side_by_side(out: Path, tmp_path: Path) ->
     [
         ((9, 0), {}, "compute capability 9.0 already"),
         ((8, 9), {"sha256": "1" * 64}, "another graph"),
-        ((8, 9), {"dynamic": False}, "other inputs or outputs"),
+        ((8, 9), {"dynamic": ()}, "other inputs or outputs"),
     ],
 )
 def test_plans_of_another_model_are_refused(

@@ -360,13 +360,13 @@ def test_requests_side_by_side_are_batched_for_the_encoder(server: Server, scene
     assert executions < images
 
 
-@pytest.fixture
-def with_tensorrt(demo: Path, tmp_path: Path) -> Path:
-    """The same job with dummy plans for two GPUs, laid out for a server without one."""
+@pytest.fixture(params=[tuple(MOST)])
+def with_tensorrt(demo: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The same job with dummy plans for two GPUs, laid out for a server without one; the parameter: dynamic sides."""
     outs = [tmp_path / "hopper", tmp_path / "ada"]
     for out, capability in zip(outs, ((9, 0), (8, 9)), strict=True):
         shutil.copytree(demo, out, ignore=shutil.ignore_patterns("triton"))
-        with_plans(out, capability)
+        with_plans(out, capability, dynamic=request.param)
     answer = samq("triton", "--output-dir", outs[0], "--plans-of", outs[1])
     assert answer.code == 0, answer.err
     repository = outs[0] / "triton"
@@ -386,6 +386,9 @@ def test_this_server_reads_the_configs_of_plans_and_lacks_only_the_backend(with_
         assert "unable to find backend library for backend 'tensorrt'" in index[model]["reason"]
 
 
+@pytest.mark.parametrize(
+    "with_tensorrt", [tuple(MOST), ("prompts", "points")], ids=["any images", "one image"], indirect=True
+)
 def test_sam_asks_plans_in_fp16_and_in_portions(
     with_tensorrt: Path, demo: Path, scenes: list[Scene], tmp_path: Path
 ) -> None:
@@ -403,6 +406,9 @@ def test_sam_asks_plans_in_fp16_and_in_portions(
             answer = client.predict(scene.image, boxes=np.repeat(scene.box[None], 2 * MOST["prompts"] + 1, axis=0))
             for mask in answer.masks[:, 0]:
                 assert np.count_nonzero(mask != scene.box_mask) < 0.01 * mask.size
+            clicked = client.predict(handle=answer.handle, points=[[scene.click]]).masks[0, 0]
+            expected = scene.click_masks[scene.scores[1].argmax()]
+            assert np.count_nonzero(clicked != expected) < 0.01 * expected.size
         with pytest.raises(BadInput, match="8 points a prompt; send 1 to 7"):
             client.predict(handle=answer.handle, points=np.ones((1, MOST["points"] + 1, 2)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,22 @@ def built(out: Path, folder: str, make: Callable[[Path, str], list[Path]]) -> Pa
 
 
 def with_plans(
-    out: Path, capability: tuple[int, int] = (9, 0), *, dynamic: bool = True, sha256: str = "0" * 64
+    out: Path, capability: tuple[int, int] = (9, 0), *, dynamic: Collection[str] = tuple(MOST), sha256: str = "0" * 64
 ) -> Path:
-    """Dummy plans in FP16, with the sidecars of real ones."""
+    """Dummy plans in FP16, with the sidecars of real ones; sides that are not dynamic are 1."""
 
     def make(engine: Path, part: str) -> list[Path]:
         graph = onnx.load(out / "engines" / "onnxruntime" / f"{part}.onnx", load_external_data=False).graph
+
+        def size(side: Any) -> int | str:
+            name: str = side.dim_param
+            return (name if name in dynamic else 1) if name else int(side.dim_value)
 
         def tensors(values: Any) -> tuple[PlanTensor, ...]:
             return tuple(
                 PlanTensor(
                     value.name,
-                    tuple(
-                        (side.dim_param if dynamic else 1) or side.dim_value if side.dim_param else side.dim_value
-                        for side in value.type.tensor_type.shape.dim
-                    ),
+                    tuple(map(size, value.type.tensor_type.shape.dim)),
                     "int64" if value.name == "point_labels" else "float16",
                 )
                 for value in values
@@ -48,7 +49,7 @@ def with_plans(
 
         plan = engine / f"{part}.plan"
         plan.write_bytes(f"plan of {part} for {capability}".encode())
-        options = BuildOptions(ranges={side: (1, 1, most) for side, most in MOST.items()} if dynamic else {})
+        options = BuildOptions(ranges={side: (1, 1, most) for side, most in MOST.items()})
         info = PlanInfo(
             gpu="a GPU", capability=capability, tensorrt="10.16.1", onnx=f"{part}.onnx", onnx_sha256=sha256,
             strongly_typed=True, inputs=tensors(graph.input), outputs=tensors(graph.output), options=options,

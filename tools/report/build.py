@@ -15,7 +15,6 @@ import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
 from samq.quant.config import Recipe
-from samq.quant.plan import describe_request
 from samq.tools.evaluate import Record, summarize
 from samq.tools.job import Data, Job
 from samq.tools.outdir import STAGES, OutputDir
@@ -38,6 +37,8 @@ class Measured:
         latency: from `samq.tools.latency.measure_latency`, with the engine's name.
         sqnr: layer → dB; empty without evaluation images.
         executed: layer → what the runtime made of it.
+        half_precision: from `samq.tools.half_precision.compare_with_fp32`; None without evaluation images, or where the
+            baseline is in FP32.
         engine_memory: "baseline_bytes" and "quantized_bytes" from `samq.tools.engine_memory`, where it can measure.
     """
 
@@ -47,6 +48,7 @@ class Measured:
     latency: dict[str, Any]
     sqnr: dict[str, float | None]
     executed: dict[str, Executed]
+    half_precision: dict[str, Any] | None
     engine_memory: dict[str, int | None]
 
 
@@ -65,7 +67,7 @@ def build_report(
         validation: what `validate` took so far, from `samq.tools.watch.Watch`.
     """
     accuracy = None if measured.records is None else summarize(measured.records)
-    layers = _layers(out, requested_compute(recipe, target.float_arithmetic), measured)
+    layers = _layers(out, recipe, target.float_arithmetic, measured)
     quantized = [layer for layer in layers if layer["requested"] != FLOAT]
     stages = {stage: out.stages[stage] for stage in STAGES[:-1] if stage in out.stages} | {STAGES[-1]: validation}
     return {
@@ -73,12 +75,13 @@ def build_report(
         "samq": samq.__version__,
         "model": job.model,
         "checkpoint": out.stages["quantize"]["checkpoint"],
-        "format": describe_request(recipe),
+        "format": " and ".join(sorted({layer["requested"].partition(":")[0] for layer in quantized})),
         "method": _method(recipe),
         "engine": job.engine,
         "target": target.folder,
         "gates": [],
         "accuracy": accuracy or dict.fromkeys(summarize([])),
+        "half_precision": measured.half_precision,
         "examples": measured.examples,
         "size": _sizes(out, target, quantized),
         "latency": measured.latency,
@@ -102,10 +105,13 @@ def build_report(
 
 def _method(recipe: Recipe) -> list[str]:
     """The algorithms of a recipe, in words."""
-    low_rank = recipe.wgts.low_rank
+    weights = [own.wgts for own in recipe.variants()]
+    ranks = sorted({own.low_rank.rank for own in weights if own.low_rank is not None}, key=str)
+    rounding = ["round to nearest" if own.kernel_gptq is None else "GPTQ" for own in weights]
     return [
-        *([f"low rank {low_rank.rank}"] if low_rank is not None else []),
-        "round to nearest" if recipe.wgts.kernel_gptq is None else "GPTQ",
+        *(f"low rank {rank}" for rank in ranks),
+        *dict.fromkeys(rounding),
+        *(["shift"] if recipe.shift.enabled else []),
         *(["SmoothQuant"] if recipe.smooth.enabled else []),
         *(["rotation"] if recipe.rotation.enabled else []),
     ]
@@ -139,12 +145,13 @@ def _commands(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"command": command, "stages": made} for command, made in found.items()]
 
 
-def _layers(out: OutputDir, compute: str, measured: Measured) -> list[dict[str, Any]]:
+def _layers(out: OutputDir, recipe: Recipe, float_arithmetic: str, measured: Measured) -> list[dict[str, Any]]:
     table = json.loads((out.path / "weights" / "layers.json").read_text(encoding="utf-8"))
     layers = []
     for row in table:
         found, decibels = measured.executed.get(row["name"]), measured.sqnr.get(row["name"])
         floating = row["skip"] is not None
+        compute = requested_compute(recipe.of_layer(row["name"]), float_arithmetic)
         executes = NOT_READ if found is None else f"{found.compute} ({found.operator})"
         layers.append(
             {

@@ -19,7 +19,7 @@ from samq.tools.report.plots import Bar, Point
 from samq.tools.report.reading import FOLDER, read_bytes, read_prompts, read_report
 from samq.tools.report.rendering import render
 from samq.tools.report.units import data_size, milliseconds
-from samq.tools.report.verdict import FLOAT, claims, headline
+from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, headline
 
 NOISIEST = 5  # layers that are named beside the plot
 IN_WORDS = {"image_encoder": "image encoder", "mask_decoder": "mask decoder"}
@@ -41,6 +41,7 @@ def report_page(out: Path) -> str:
         claims=claims(report),
         examples=_examples(out, report),
         accuracy=_accuracy_rows(report),
+        half=_half_precision(report),
         layers=sorted(report["layers"], key=lambda layer: bool(layer["agrees"])),
         misfits=[layer for layer in report["layers"] if not layer["agrees"]],
         noisiest=_noisiest(report),
@@ -84,6 +85,12 @@ def _accuracy_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         return []
     groups = [("all prompts", accuracy), *accuracy["by_kind"].items(), *accuracy["by_size"].items()]
     return [(name, figures) for name, figures in groups if figures["count"]]
+
+
+def _half_precision(report: dict[str, Any]) -> dict[str, str] | None:
+    """State and words of the FP16 baseline; None where it is in FP32, or was not compared."""
+    half = report.get("half_precision")
+    return None if half is None else {"state": half["state"], "words": agreement_with_fp32(half)}
 
 
 def _executions(report: dict[str, Any]) -> list[tuple[str, str, int, bool]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from samq.tools.gates import ACCURACY_GATE, SPEED_GATE
-from samq.tools.report.units import counted, data_size, joined, milliseconds, number
+from samq.tools.half_precision import BROKEN, DIFFERS
+from samq.tools.report.units import counted, data_size, joined, milliseconds, number, percent
 
 FLOAT = "float"
 PASSED, MISSED, WARNING, UNKNOWN, PLAIN = "passed", "missed", "warning", "unknown", "plain"
@@ -42,10 +43,18 @@ def headline(report: dict[str, Any]) -> tuple[str, str]:
     """The job's state, and a sentence on it."""
     gates, misfits = report["gates"], len(report["disagreements"])
     missed = [gate for gate in gates if not gate["passed"]]
+    half = report.get("half_precision")
     differ = f"{counted(misfits, 'layer')} {'does' if misfits == 1 else 'do'} not execute what was requested"
+    if half is not None and half["state"] == BROKEN:
+        return MISSED, f"The FP16 baseline is none: {agreement_with_fp32(half)}"
     if missed:
         told = (f"{gate['gate']} {number(gate['reached'])}, asked for {gate['asked']:g}" for gate in missed)
         return MISSED, f"Missed: {joined(told)}"
+    if half is not None and half["state"] == DIFFERS:
+        return (
+            WARNING,
+            f"{'Every gate passed, but the' if gates else 'The'} FP16 baseline differs: {agreement_with_fp32(half)}",
+        )
     if misfits:
         return WARNING, f"{'Every gate passed, but ' if gates else ''}{differ}"
     if gates:
@@ -66,6 +75,9 @@ def verdict(report: dict[str, Any]) -> str:
         )
     elif accuracy["agreement_iou"] is not None:
         lines.append(f"Masks agree with the baseline's at IoU {accuracy['agreement_iou']:.4f} (no ground truth).")
+    half = report.get("half_precision")
+    if half is not None:
+        lines.append(f"FP16 baseline ({half['state']}): {agreement_with_fp32(half)}.")
     lines += [f"Lacks {line}." for line in report["lacks"]]
     lines.append(
         f"{size['quantized_layers']} layers quantized, to {size['quantized_layers_ratio']:.3f} of their FP16 bytes; "
@@ -87,6 +99,20 @@ def verdict(report: dict[str, Any]) -> str:
         reached = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
         lines.append(f"Gate {gate['gate']} ≥ {gate['asked']}: {state} ({reached}).")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def agreement_with_fp32(half: dict[str, Any]) -> str:
+    """How a baseline in FP16 agrees with FP32, from the report's `half_precision`."""
+    if half["relative_error"] is None:
+        return "its image embeddings are not finite"
+    masks = "no masks to compare"
+    if half["mask_iou"] is not None:
+        mean, lowest = number(half["mask_iou"]), number(half["lowest_mask_iou"])
+        masks = f"its masks agree with FP32's at IoU {mean}, the worst at {lowest}"
+    seen = f"{counted(half['prompts'], 'prompt')}, {counted(half['images'], 'image')}"
+    return (
+        f"{masks} ({seen}); embeddings differ by {percent(half['relative_error'])}, cosine {number(half['cosine'], 6)}"
+    )
 
 
 def _gate(report: dict[str, Any], option: str, otherwise: str) -> tuple[str, str]:

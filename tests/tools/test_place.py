@@ -1,0 +1,250 @@
+"""`samq-export place`: what is measured, what is kept, what wins, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import onnx
+import pytest
+from conftest import Answer, Inputs, refused, samq
+from tensorrt_on_cpu import H100, VERSION, TensorRtOnCpu
+
+from samq.engines import tensorrt
+from samq.engines.cuda import Device
+from samq.errors import MachineLacks, UsageError
+from samq.export.placement import MOST_EXACT_FIRST, Figure, Form, Placement, load_placement
+from samq.quant.config import load_recipe
+from samq.tools import cli
+from samq.tools.place import forms_for, table
+
+BLOCK = "vision_encoder.backbone.blocks"
+BLOCKS = [f"{BLOCK}.{index}" for index in range(5)]
+FORMS: list[Form] = ["fp16", "branch", "fold"]
+
+
+def quantizers(graph: onnx.GraphProto) -> int:
+    return sum(node.op_type == "QuantizeLinear" for node in graph.node)
+
+
+def has_branch(graph: onnx.GraphProto) -> bool:
+    return any("/low_rank/" in node.name for node in graph.node)
+
+
+def block_of(graph: onnx.GraphProto) -> str:
+    return str(graph.output[0].name).removesuffix("/tokens")
+
+
+def int8_wins(graph: onnx.GraphProto) -> float:
+    """FP16 takes 2 ms, INT8 half of it; a branch costs 0.3 ms."""
+    return (1.0 if quantizers(graph) else 2.0) + 0.3 * has_branch(graph)
+
+
+def placed(exported: Path, path: Path, *options: object) -> Placement:
+    answer = samq("place", "--output-dir", exported, "--out", path, *options)
+    assert answer.code == 0, answer.err
+    return load_placement(path)
+
+
+def test_every_block_is_measured_as_it_stands_in_the_engine(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    placement = placed(exported, tmp_path / "placement.yaml", "--optimization-level", 4)
+    assert (placement.gpu, placement.tensorrt) == (H100.name, VERSION)
+    assert {block: list(forms) for block, forms in placement.blocks.items()} == dict.fromkeys(BLOCKS, FORMS)
+    for graph, options in machine.built:
+        ends = [value.name for value in (*graph.input, *graph.output) if value.name != "pixel_values"]
+        assert options.half_io == tuple(ends)
+        assert options.optimization_level == 4
+        nodes = {node.name for node in graph.node}
+        assert set(options.float32) <= nodes
+        assert any(name.endswith("/variance") for name in options.float32) == (quantizers(graph) > 0)
+    for figures in placement.blocks.values():
+        times = [figures[form].milliseconds for form in FORMS]
+        assert times in ([2.0, 1.3, 1.0], [2.0, 1.0, 1.0])  # of blocks whose layers are too small for a branch
+        errors = [figures[form].error for form in FORMS]
+        assert all(error is not None and 0 < error < 0.2 for error in errors)
+        assert all(not figures[form].refused for form in FORMS)
+    assert {placement.form(f"{block}.mlp.proj_in") for block in BLOCKS} <= {"branch", "fold"}
+
+
+def test_the_placement_is_what_the_lowering_takes(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first block is faster in INT8."""
+    TensorRtOnCpu(lambda graph: int8_wins(graph) if block_of(graph) == BLOCKS[0] else 1.0).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    placement = placed(exported, path)
+    assert [placement.form(f"{block}.x") == "fp16" for block in BLOCKS] == [False, True, True, True, True]
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    machine = TensorRtOnCpu().install(monkeypatch)
+    answer = samq("build", "--output-dir", out, "--engine", "tensorrt", "--placement", path)
+    assert answer.code == 0, answer.err
+    encoder = machine.built[0][0]
+    quantized = {node.name.partition("/")[0] for node in encoder.node if node.op_type == "QuantizeLinear"}
+    assert quantized
+    assert all(layer.startswith(f"{BLOCKS[0]}.") for layer in quantized)
+
+
+def test_what_is_measured_is_not_measured_again(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "placement.yaml"
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    whole = placed(exported, path)
+    builds = len(machine.built)
+    assert placed(exported, path) == whole
+    assert len(machine.built) == builds
+    placed(exported, path, "--optimization-level", 5)
+    assert len(machine.built) == 2 * builds
+
+
+def test_an_interrupted_measurement_goes_on(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "placement.yaml"
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    whole = placed(exported, tmp_path / "whole.yaml")
+    builds = len(machine.built)
+
+    def interrupted(graph: onnx.GraphProto) -> bool:
+        if len(machine.built) == builds + 7:
+            raise KeyboardInterrupt
+        return False
+
+    machine.refuses = interrupted
+    assert samq("place", "--output-dir", exported, "--out", path).code == 130
+    assert sum(map(len, load_placement(path).blocks.values())) == 7
+    machine.refuses = lambda graph: False
+    assert placed(exported, path) == whole
+    assert len(machine.built) == 2 * builds
+
+
+def test_what_another_gpu_measured_is_not_overwritten(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "placement.yaml"
+    TensorRtOnCpu(int8_wins).install(monkeypatch)
+    placed(exported, path, "--forms", "fp16")
+    kept = path.read_bytes()
+    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", Device("NVIDIA Orin", (8, 7), 1)))
+    refused(samq("place", "--output-dir", exported, "--out", path), 2, H100.name, "--out")
+    assert path.read_bytes() == kept
+
+
+def test_a_form_that_fails_or_computes_something_else_does_not_win(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    machine.refuses = lambda graph: quantizers(graph) > 0 and block_of(graph) == BLOCKS[3]
+    machine.spoils = lambda graph: quantizers(graph) > 0 and block_of(graph) == BLOCKS[4]
+    path = tmp_path / "placement.yaml"
+    answer = samq("place", "--output-dir", exported, "--out", path)
+    assert answer.code == 0
+    placement = load_placement(path)
+    assert [placement.form(f"{block}.x") == "fp16" for block in BLOCKS] == [False, False, False, True, True]
+    failed, spoiled = (placement.blocks[block]["fold"] for block in BLOCKS[3:])
+    assert failed.milliseconds is None
+    assert "no implementation" in failed.refused
+    assert "quantization explains" in spoiled.refused
+    assert "fails" in answer.out
+    assert "refused" in answer.out
+    machine.refuses = lambda graph: False
+    assert placed(exported, path).blocks[BLOCKS[3]]["fold"].milliseconds == 1.0, "failures are tried again"
+
+
+def test_without_fp16_there_is_nothing_to_compare_with(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TensorRtOnCpu(refuses=lambda graph: block_of(graph) == BLOCKS[1]).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    refused(samq("place", "--output-dir", exported, "--out", path), 6, "no implementation")
+    assert list(load_placement(path).blocks) == [BLOCKS[0]]
+
+
+def test_a_rewrite_can_be_left_out(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = TensorRtOnCpu(lambda graph: len(graph.node) / 100).install(monkeypatch)
+    rewritten = placed(exported, tmp_path / "a.yaml", "--forms", "fp16")
+    plain = placed(exported, tmp_path / "b.yaml", "--forms", "fp16", "--without", "split_qkv,concat_pad")
+    assert len(machine.built) == 2 * len(BLOCKS)
+    assert plain.blocks != rewritten.blocks
+    refused(samq("place", "--output-dir", exported, "--without", "nothing"), 2, "split_qkv", "concat_pad")
+
+
+def test_a_budget_buys_accuracy(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TensorRtOnCpu(int8_wins).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    fastest = placed(exported, path)
+    assert "branch" not in fastest.layers.values() or "fold" in fastest.layers.values()
+    richest = placed(exported, path, "--budget", 200)
+    assert {richest.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
+
+
+def test_the_answer_as_json(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TensorRtOnCpu(int8_wins).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    answer = samq("place", "--output-dir", exported, "--out", path, "--json")
+    told = answer.json
+    assert told.pop("file") == str(path)
+    assert Placement.model_validate(told) == load_placement(path)
+
+
+def test_refusals(
+    finished: tuple[Path, Answer], exported: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TensorRtOnCpu().install(monkeypatch)
+    refused(samq("place", "--output-dir", finished[0]), 2, "dynamic shapes", "--static-shapes")
+    refused(samq("place", "--output-dir", tmp_path), 6, "no output directory")
+    refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, branch, fold")
+    refused(samq("place", "--output-dir", exported, "--eval-data", tmp_path / "gone"), 6, "gone")
+    out = tmp_path / "out"
+    samq("quantize", "--model-path", inputs.checkpoint, "--config", "int4_w4only_rtn", "--output-dir", out)
+    refused(samq("place", "--output-dir", out), 6, "`export` is not done")
+
+    def nothing() -> tuple[str, Device]:
+        raise MachineLacks("TensorRT is not installed; run `pip install samq[tensorrt]`")
+
+    monkeypatch.setattr(tensorrt, "about", nothing)
+    refused(samq("place", "--output-dir", exported), 5, "samq[tensorrt]")
+    assert not (exported / "placement.yaml").exists()
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_at_hand(exported: Path, tmp_path: Path) -> None:
+    """FP16 can be built, and computes what its graph says."""
+    try:
+        version, gpu = tensorrt.about()
+    except MachineLacks as error:
+        pytest.skip(str(error))
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    placement = placed(out, tmp_path / "placement.yaml")
+    assert (placement.gpu, placement.tensorrt) == (gpu.name, version)
+    for figures in placement.blocks.values():
+        assert figures["fp16"].milliseconds is not None
+        assert not figures["fp16"].refused
+
+
+def test_the_table_says_what_a_branch_is_worth() -> None:
+    """0.05² − 0.03² for 4 µs, next to nothing for a branch that costs no time, and blocks without one."""
+    figures = {
+        form: Figure(milliseconds=taken, error=error, structure=form)
+        for form, taken, error in (("fp16", 0.2, 0.01), ("branch", 0.104, 0.03), ("fold", 0.1, 0.05))
+    }
+    free = figures | {"branch": Figure(milliseconds=0.09, error=0.03)}
+    same = figures | {"branch": figures["fold"]}
+    blocks = {f"{BLOCK}.{index}": forms for index, forms in enumerate((figures, free, same))}
+    header, _, *rows = table(Placement.model_validate({"layers": {"*": "fold"}, "blocks": blocks}))
+    assert "error² · 10⁶ / µs" in header
+    assert [row.split(" | ")[4].strip() for row in rows] == ["400", "free", ""]
+    assert rows[0] == f"| {BLOCK}.0 | 0.2000 (0.01) | 0.1040 (0.03) | 0.1000 (0.05) | 400 | fold |"
+
+
+def test_forms_follow_the_recipe() -> None:
+    assert set(cli.FORMS) == set(get_args(Form)) == set(MOST_EXACT_FIRST)
+    assert forms_for(load_recipe("int4_svdquant")) == ["fp16", "branch", "fold"]
+    assert forms_for(load_recipe("int4_w4a8")) == forms_for(load_recipe("int4_w4only")) == ["fp16", "int8"]
+    assert forms_for(load_recipe("int4_svdquant"), ("fold",)) == ["fp16", "fold"]
+    with pytest.raises(UsageError, match="branch: the forms of a recipe without low-rank branches are fp16, int8"):
+        forms_for(load_recipe("int4_w4a8"), ("branch",))

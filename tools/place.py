@@ -1,0 +1,263 @@
+"""`samq-export place`: which blocks of an image encoder run in INT8 on this GPU, as measured.
+
+Every block is built and timed alone in each form, blocks of one structure once. Its inputs are what the float encoder
+computes before it for one image. A form is out of the question when the engine's output lies farther from the float
+block's than its graph, computed on the CPU, explains: beyond that there is FP16's rounding, and otherwise an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from samq.calib.parts import IMAGE_ENCODER
+from samq.calib.processor import SamProcessor
+from samq.calib.sources import take
+from samq.engines import tensorrt
+from samq.engines.tensorrt_plan import BuildOptions
+from samq.errors import SamqError, UsageError
+from samq.export.placement import MOST_EXACT_FIRST, Figure, Figures, Form, Placement, fastest, load_placement
+from samq.export.tensorrt_rewrites import REWRITES
+from samq.export.tensorrt_targets import TensorRtTarget
+from samq.quant.config import Recipe, load_recipe
+from samq.tools.blocks import Block, Values, distance, float_tokens, lowered_blocks, on_cpu, on_tensorrt
+from samq.tools.job import Job, open_evaluation
+from samq.tools.outdir import OutputDir
+from samq.tools.progress import Reporter
+from samq.tools.targets import target_at_hand
+
+HALF_ERROR = 5e-3  # relative; what FP16 may do to the output of one block
+MARGIN = 1.1  # codes that flip with the last bits of FP16 may add to the quantization's own error
+
+
+@dataclass(frozen=True)
+class Place:
+    """What to measure, and on what.
+
+    Args:
+        onnx: folder of the canonical parts, exported with static shapes.
+        target: what the TensorRT at hand takes.
+        gpu: the driver's name of the GPU.
+        tensorrt: version of TensorRT.
+        forms: to measure, "fp16" first.
+        rewrites: of the graph, see `samq.export.tensorrt_rewrites`.
+        options: of the builder.
+        budget: see `samq.export.placement.fastest`.
+    """
+
+    onnx: Path
+    target: TensorRtTarget
+    gpu: str
+    tensorrt: str
+    forms: Sequence[Form]
+    rewrites: Collection[str]
+    options: BuildOptions
+    budget: float = 0.0
+
+    def run(self, pixels: NDArray[np.float32], path: Path, reporter: Reporter) -> Placement:
+        """Measure what the file at `path` does not hold yet; what is measured stands there at once.
+
+        Args:
+            pixels: [1, 3, S, S], the image that the blocks see.
+
+        Raises:
+            UsageError: the file holds what was measured elsewhere.
+            SamqError: a block cannot be built or run in FP16.
+        """
+        earlier = self._earlier(path)
+        known = {
+            figure.structure: figure
+            for forms in earlier.values()
+            for figure in forms.values()
+            if figure.milliseconds is not None
+        }
+        values = float_tokens(self.onnx, pixels)
+        blocks: Figures = {}
+        for form in self.forms:
+            for block in lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options):
+                error = distance(on_cpu(block.graph, values), values[block.output])
+                is_new = block.digest not in known
+                if is_new:
+                    known[block.digest] = _measured(block, form, values, error)
+                    reporter.say(f"{block.name} {form}: {told(known[block.digest])}")
+                figure = known[block.digest].model_copy(update={"error": float(f"{error:.3g}")})
+                blocks.setdefault(block.name, {})[form] = figure
+                if is_new:
+                    kept = {name: {**earlier.get(name, {}), **blocks.get(name, {})} for name in earlier | blocks}
+                    self._fastest(blocks).model_copy(update={"blocks": kept}).save(path)
+        placement = self._fastest(blocks)
+        placement.save(path)
+        return placement
+
+    def _fastest(self, blocks: Figures) -> Placement:
+        return fastest(blocks, self.gpu, self.tensorrt, self.budget)
+
+    def _earlier(self, path: Path) -> Figures:
+        """What the file holds.
+
+        Raises:
+            UsageError: it was measured elsewhere, or is no placement.
+        """
+        if not path.exists():
+            return {}
+        placement = load_placement(path)
+        if (placement.gpu, placement.tensorrt) != (self.gpu, self.tensorrt):
+            measured = f"{placement.gpu or 'an unknown GPU'} with TensorRT {placement.tensorrt or 'unknown'}"
+            raise UsageError(f"{path} was measured on {measured}; give another file as --out")
+        return placement.blocks
+
+
+def place(
+    out: OutputDir,
+    path: Path,
+    reporter: Reporter,
+    *,
+    forms: Collection[Form] = (),
+    without: Collection[str] = (),
+    options: BuildOptions | None = None,
+    budget: float = 0.0,
+    eval_data: str | None = None,
+) -> Placement:
+    """Measure the blocks of an exported job on the GPU at hand.
+
+    Args:
+        path: the placement's file; what it holds already is not measured again.
+        forms: to measure, none for all that differ for the job's recipe.
+        without: rewrites to leave out, to see what they gain.
+        eval_data: where to take the image from, None for the job's own evaluation or calibration images.
+
+    Raises:
+        UsageError: the job was exported with dynamic shapes, or an option does not fit.
+        MachineLacks: there is no GPU or no TensorRT, or it cannot build a block in FP16.
+        BadInput: the job is not exported, or its images cannot be read.
+    """
+    out.require("export")
+    unknown = ", ".join(sorted(set(without) - set(REWRITES)))
+    if unknown:
+        raise UsageError(f"{unknown}: no rewrite of the graph; choose from {', '.join(REWRITES)}")
+    rewrites = [name for name in REWRITES if name not in without]
+    size = _image_size(out)
+    recipe = load_recipe(str(out.path / "config.yaml"))
+    chosen = forms_for(recipe, forms)
+    target = target_at_hand()
+    version, gpu = tensorrt.about()
+    work = Place(out.path / "onnx", target, gpu.name, version, chosen, rewrites, options or BuildOptions(), budget)
+    return work.run(_image(out, recipe, eval_data, size), path, reporter)
+
+
+def _image_size(out: OutputDir) -> int:
+    """Side of the encoder's input in pixels.
+
+    Raises:
+        UsageError: the encoder was exported with dynamic shapes.
+    """
+    (pixels,) = ir.load(out.path / "onnx" / f"{IMAGE_ENCODER}.onnx").graph.inputs
+    sides = [] if pixels.shape is None else [side for side in pixels.shape if isinstance(side, int)]
+    if len(sides) != 4:
+        raise UsageError(
+            f"{out.path} was exported with dynamic shapes, and blocks are measured with static ones; "
+            "run `samq-export export --static-shapes` first"
+        )
+    return sides[-1]
+
+
+def _image(out: OutputDir, recipe: Recipe, eval_data: str | None, size: int) -> NDArray[np.float32]:
+    """Pixels [1, 3, S, S] of one of the job's images.
+
+    Raises:
+        UsageError: it has none.
+        BadInput: they cannot be read.
+    """
+    job = Job.from_json(out.job)
+    if eval_data is not None:
+        job = replace(job, eval_data=eval_data)
+    data = open_evaluation(job, recipe, out.detail("quantize", "calibration_fingerprint"))
+    source = data.calibration if data.evaluation is None else data.evaluation
+    if source is None:
+        raise UsageError(f"the blocks need an image to work on, and there are none: {data.origin}")
+    processor = SamProcessor.from_checkpoint(out.path / "weights", size)
+    (sample,) = take(source, 1, job.seed)
+    return processor(sample.image).pixel_values[None]
+
+
+def forms_for(recipe: Recipe, asked: Collection[Form] = ()) -> list[Form]:
+    """The forms to measure for a recipe: those asked for, or all that differ; FP16 always, and first.
+
+    Raises:
+        UsageError: one that was asked for does not exist for the recipe.
+    """
+    has_branches = any(own.wgts.low_rank is not None for own in recipe.variants()) and not recipe.weight_only
+    possible: tuple[Form, ...] = ("fp16", "branch", "fold") if has_branches else ("fp16", "int8")
+    wrong = ", ".join(sorted(set(asked) - set(possible)))
+    if wrong:
+        kind = "with" if has_branches else "without"
+        raise UsageError(f"{wrong}: the forms of a recipe {kind} low-rank branches are {', '.join(possible)}")
+    return [form for form in possible if form == "fp16" or not asked or form in asked]
+
+
+def told(figure: Figure) -> str:
+    """A figure in words."""
+    if figure.milliseconds is None:
+        return f"not built: {figure.refused}"
+    return f"{figure.milliseconds:.4f} ms" + (f", refused: {figure.refused}" if figure.refused else "")
+
+
+def table(placement: Placement) -> list[str]:
+    """A Markdown table: milliseconds and error of each block in each form, and the form chosen.
+
+    Where there are branches, also what a branch is worth: the squared error that it removes a microsecond, times 10⁶.
+    """
+    forms = [form for form in MOST_EXACT_FIRST if any(form in figures for figures in placement.blocks.values())]
+    worth = ["branch, error² · 10⁶ / µs"] if "branch" in forms and "fold" in forms else []
+    rows = [["block", *(f"{form}, ms (error)" for form in forms), *worth, "chosen"]]
+    rows.append(["---"] * len(rows[0]))
+    for block, figures in placement.blocks.items():
+        cells = [_cell(figures.get(form)) for form in forms] + [_worth(figures) for _ in worth]
+        rows.append([block, *cells, placement.form(f"{block}.")])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _worth(figures: Mapping[Form, Figure]) -> str:
+    branch, fold = figures.get("branch"), figures.get("fold")
+    if branch is None or fold is None or branch.structure == fold.structure:
+        return ""
+    if branch.milliseconds is None or fold.milliseconds is None or branch.error is None or fold.error is None:
+        return ""
+    microseconds = 1e3 * (branch.milliseconds - fold.milliseconds)
+    return f"{1e6 * (fold.error**2 - branch.error**2) / microseconds:.3g}" if microseconds > 0 else "free"
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None or figure.milliseconds is None:
+        return "fails" if figure else ""
+    return f"{figure.milliseconds:.4f} ({figure.error:.2g})" + (" refused" if figure.refused else "")
+
+
+def _measured(block: Block, form: Form, values: Values, error: float) -> Figure:
+    """Time of a block, or why there is none.
+
+    Args:
+        error: relative error of what the block's graph computes.
+
+    Raises:
+        SamqError: it fails in FP16, without which there is nothing to compare with.
+    """
+    try:
+        run = on_tensorrt(block, values)
+    except SamqError as failure:
+        if form == "fp16":
+            raise
+        return Figure(refused=str(failure), structure=block.digest)
+    executed, most = distance(run.output, values[block.output]), MARGIN * error + HALF_ERROR
+    fits = executed <= most  # which NaN is not
+    return Figure(
+        milliseconds=round(run.median, 4),
+        spread=round(run.spread, 4),
+        refused="" if fits else f"its error is {executed:.3g}, and quantization explains {most:.3g}",
+        structure=block.digest,
+    )
