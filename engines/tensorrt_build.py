@@ -11,9 +11,12 @@ Whatever else differs between versions is looked up by name; tests hold every na
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +152,8 @@ class _Build:
         if self.options.timing_cache is None:
             return None
         path = Path(self.options.timing_cache) / timing_cache_name(self.version, self.device)
-        kept = path.read_bytes() if path.is_file() else b""
+        with _alone_in(path.parent):  # also to be told now, not after the build, that it cannot be written
+            kept = _content(path)
         for content in (kept, b""):
             cache: trt.ITimingCache | None = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, False):
@@ -158,10 +162,16 @@ class _Build:
         return path
 
     def _keep_timings(self, config: trt.IBuilderConfig, path: Path) -> None:
+        """Write the timings, and with them what builds beside this one have written since it began."""
         cache: trt.ITimingCache | None = config.get_timing_cache()
-        if cache is not None:
-            with written_whole(path) as temporary:
-                temporary.write_bytes(cache.serialize())
+        if cache is None:
+            return
+        with _alone_in(path.parent), written_whole(path) as temporary:
+            content = _content(path)
+            others: trt.ITimingCache | None = config.create_timing_cache(content)
+            if content and (others is None or not cache.combine(others, False)):
+                self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
+            temporary.write_bytes(cache.serialize())
 
     def _describe(
         self, network: trt.INetworkDefinition, plan: trt.IHostMemory, strong: bool, seconds: float
@@ -203,6 +213,31 @@ class _Build:
         except ValueError:
             self.log.messages.append((WARNING, "the engine inspector's account is no JSON: no layer is known"))
             return ()
+
+
+def _content(path: Path) -> bytes:
+    """Of a file; nothing where there is none yet."""
+    return path.read_bytes() if path.is_file() else b""
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other build keeps its timings in a folder, where its file system has locks.
+
+    Raises:
+        MachineLacks: there is no such folder, and it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise MachineLacks(f"{folder}: cannot be written ({error.strerror}); name another timing_cache") from error
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool) -> tuple[str, ...]:

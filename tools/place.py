@@ -161,7 +161,7 @@ def _image_size(out: OutputDir) -> int:
     if len(sides) != 4:
         raise UsageError(
             f"{out.path} was exported with dynamic shapes, and blocks are measured with static ones; "
-            "run `samq-export export --static-shapes` first"
+            "run `samq-export export --target trt8` (trt10, trt11) first"
         )
     return sides[-1]
 

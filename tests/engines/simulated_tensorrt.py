@@ -185,10 +185,23 @@ class Simulation:
             get_tactic_sources=lambda: (1 << sources) - 1,
             set_tactic_sources=lambda mask: True,
             add_optimization_profile=lambda profile: 0,
-            create_timing_cache=lambda content: self.make("ITimingCache", serialize=lambda: Host(content + b"!")),
+            create_timing_cache=self._timing_cache,
             set_timing_cache=lambda cache, ignore: True,
             **{name: None for name in ("progress_monitor",) if name in self.members["IBuilderConfig"]},
         )
+
+    def _timing_cache(self, content: bytes) -> Any:
+        """Timings are letters, `!` those of the build itself; what is of another driver is read, and not combined."""
+        held = [content]
+
+        def combine(other: Any, ignore_mismatch: bool) -> bool:
+            fits = ignore_mismatch or b"another" not in other.content
+            held.extend([other.content] if fits else [])
+            return fits
+
+        cache = self.make("ITimingCache", combine=combine, serialize=lambda: Host(_letters(b"".join(held) + b"!")))
+        object.__setattr__(cache, "content", content)
+        return cache
 
     def _OnnxParser(self, network: Any, logger: Any) -> Any:
         def parse_from_file(path: str) -> bool:
@@ -345,6 +358,11 @@ class Simulated:
             raise AttributeError(f"{self.kind} of TensorRT {self.simulation.version} has no {name}")
         self.simulation.done.append((f"{self.kind}.{name}", value))
         self.known[name] = value
+
+
+def _letters(timings: bytes) -> bytes:
+    """Every letter once, in order of appearance."""
+    return bytes(dict.fromkeys(timings))
 
 
 def view(address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -119,10 +119,40 @@ def test_a_static_graph_has_no_profile(trt: Simulation, onnx: Path, tmp_path: Pa
 
 
 def test_timings_are_kept_and_reused(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "timings" / f"tensorrt-{trt.version}-nvidia-h100-80gb-hbm3.cache"
+    options = BuildOptions(ranges=RANGES, timing_cache=str(cache.parent))
+    build_engine(onnx, tmp_path / "part.plan", options)
+    assert cache.read_bytes() == b"!"
+    cache.write_bytes(b"ab")
+    build_engine(onnx, tmp_path / "part.plan", options)
+    assert trt.values("IBuilderConfig.create_timing_cache")[-2] == (b"ab",)
+    assert cache.read_bytes() == b"ab!"
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+@pytest.mark.parametrize(("others", "kept"), [(b"abc", b"a!bc"), (b"of another driver", b"a!")])
+def test_builds_at_once_keep_the_timings_of_each(
+    others: bytes, kept: bytes, trt: Simulation, onnx: Path, tmp_path: Path
+) -> None:
+    """Another one, which began with the same file, ends while this one builds."""
+    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
+    cache.write_bytes(b"a")
+
+    def end_another(phase: str, _: int, __: int) -> None:
+        if phase == "build":
+            cache.write_bytes(others)
+
     options = BuildOptions(ranges=RANGES, timing_cache=str(tmp_path))
-    for content in (b"!", b"!!"):
+    info = build_engine(onnx, tmp_path / "part.plan", options, end_another)
+    assert sorted(cache.read_bytes()) == sorted(kept)
+    assert (f"{cache.name} does not fit; it is written anew" in info.warnings) == (kept == b"a!")
+
+
+def test_timings_that_cannot_be_kept_are_told(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    options = BuildOptions(ranges=RANGES, timing_cache=str(onnx / "timings"))
+    with pytest.raises(MachineLacks, match="timing_cache"):
         build_engine(onnx, tmp_path / "part.plan", options)
-        assert (tmp_path / f"tensorrt-{trt.version}-nvidia-h100-80gb-hbm3.cache").read_bytes() == content
+    assert not trt.values("Builder.build_serialized_network"), "before the minutes that a build takes"
 
 
 def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
@@ -131,7 +161,7 @@ def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, 
     trt.fails["IBuilderConfig.set_timing_cache"] = False
     info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
     assert f"{cache.name} does not fit; timings are measured anew" in info.warnings
-    assert trt.values("IBuilderConfig.create_timing_cache") == [(b"of another driver",), (b"",)]
+    assert trt.values("IBuilderConfig.create_timing_cache")[:2] == [(b"of another driver",), (b"",)]
 
 
 def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_refusals(
     finished: tuple[Path, Answer], exported: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TensorRtOnCpu().install(monkeypatch)
-    refused(samq("place", "--output-dir", finished[0]), 2, "dynamic shapes", "--static-shapes")
+    refused(samq("place", "--output-dir", finished[0]), 2, "dynamic shapes", "--target")
     refused(samq("place", "--output-dir", tmp_path), 6, "no output directory")
     refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, branch, fold")
     refused(samq("place", "--output-dir", exported, "--eval-data", tmp_path / "gone"), 6, "gone")
