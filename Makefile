@@ -37,7 +37,7 @@ demo: .venv/.samq-base
 
 # Quick failures first. pytest stays last: CI reads its closing line.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # mypy is judged with the stubs of the newest numpy and transformers, which Python 3.10 cannot have.
 lint: .venv/.samq-dev
