@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.calibrate import calibrate, require_finite
+from samq.calib.parts import BACKBONE
 from samq.calib.spool import Spool, memory_budget
 from samq.calib.statistics import InputStatistics, Recorder
-
-BACKBONE = "vision_encoder.backbone"
 
 
 class BlockWalk:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 IMAGE_ENCODER = "image_encoder"
 MASK_DECODER = "mask_decoder"
 PARTS = (IMAGE_ENCODER, MASK_DECODER)
+BACKBONE = "vision_encoder.backbone"  # Hiera, within the image encoder
 
 ENCODER_INPUTS = ("pixel_values",)
 ENCODER_OUTPUTS = ("image_embeddings", "high_res_features_0", "high_res_features_1")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 LAYER_KEY = "samq.layer"
 ROLE_KEY = "samq.role"
 PRECISION_KEY = "samq.precision"  # of nodes that FP16 spoils: "float32"
+REGROUPING = ("Reshape", "Squeeze", "Unsqueeze")  # move no element, but the borders between axes
 
 
 class Writer:

@@ -14,9 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from samq.export.fuse_attention import Rewrite
-from samq.export.graph import add_initializer, constant_of, int_attribute, remove_unused
-
-REGROUPING = ("Reshape", "Squeeze", "Unsqueeze")
+from samq.export.graph import REGROUPING, add_initializer, constant_of, int_attribute, remove_unused
 
 
 def merge_moves(model: ir.Model) -> Rewrite:

@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from samq.export.graph import Writer, int_attribute, producer, remove_unused, replace_value
+from samq.export.graph import REGROUPING, Writer, int_attribute, producer, remove_unused, replace_value
 
 Side = int | str
 Sides = tuple[Side, ...]
 
-REGROUPING = ("Reshape", "Squeeze", "Unsqueeze")
 BROADCASTING = ("Add", "Sub", "Mul", "Div", "Where", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal")
 
 

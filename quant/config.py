@@ -10,7 +10,7 @@ import difflib
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -33,6 +33,7 @@ PRESETS = Path(__file__).with_name("presets")
 AUTO: Final = "auto"
 Alpha = float | Literal["auto"]
 Rank = int | Literal["auto"]
+Number = TypeVar("Number", int, float)
 WEIGHT_ONLY_INT4_GROUPS = (-1, 16, 32, 64, 128, 256)
 
 
@@ -44,6 +45,15 @@ class _Section(BaseModel):
 
 _RANK = TypeAdapter[int](Annotated[int, Field(ge=1, le=1024)], config=ConfigDict(strict=True))
 _SHARE = TypeAdapter[float](Annotated[float, Field(ge=0, le=1)], config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _number_or_auto(value: object, numbers: TypeAdapter[Number], span: str) -> Number | Literal["auto"]:
+    """Of a union, pydantic would tell what is wrong with each member; that of numbers is enough."""
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, str) and value.isalpha():
+        raise impossible(f"{value!r} is neither {AUTO} nor a number {span}")
+    return numbers.validate_python(value)
 
 
 class GptqConfig(_Section):
@@ -104,13 +114,8 @@ class LowRankConfig(_Section):
 
     @field_validator("rank", mode="wrap")
     @classmethod
-    def _number_or_auto(cls, rank: object, _: ValidatorFunctionWrapHandler) -> Rank:
-        """Of a union, pydantic would tell what is wrong with each member; that of numbers is enough."""
-        if rank == AUTO:
-            return AUTO
-        if isinstance(rank, str) and rank.isalpha():
-            raise impossible(f"{rank!r} is neither {AUTO} nor a number from 1 to 1024")
-        return _RANK.validate_python(rank)
+    def _rank_or_auto(cls, rank: object, _: ValidatorFunctionWrapHandler) -> Rank:
+        return _number_or_auto(rank, _RANK, "from 1 to 1024")
 
     @model_validator(mode="after")
     def _budget_is_known(self) -> LowRankConfig:
@@ -249,13 +254,8 @@ class SmoothConfig(_Section):
 
     @field_validator("alpha", mode="wrap")
     @classmethod
-    def _number_or_auto(cls, alpha: object, _: ValidatorFunctionWrapHandler) -> Alpha:
-        """Of a union, pydantic would tell what is wrong with each member; that of numbers is enough."""
-        if alpha == AUTO:
-            return AUTO
-        if isinstance(alpha, str) and alpha.isalpha():
-            raise impossible(f"{alpha!r} is neither {AUTO} nor a number from 0 to 1")
-        return _SHARE.validate_python(alpha)
+    def _alpha_or_auto(cls, alpha: object, _: ValidatorFunctionWrapHandler) -> Alpha:
+        return _number_or_auto(alpha, _SHARE, "from 0 to 1")
 
 
 class RotationConfig(_Section):

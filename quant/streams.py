@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel, Sam2MultiScaleBlock
 
+from samq.calib.parts import BACKBONE
 from samq.quant.rotate import mean_keeping_rotation
 from samq.quant.sites import FoldSite, fold_sites, linear_at
 
-BACKBONE = "vision_encoder.backbone"
 POOLED = "it begins with max-pooled channels, and maxima do not pass through a rotation"
 SMALLEST_GAIN = 1e-3  # of the largest; below it, b / g would be an outlier of its own
 

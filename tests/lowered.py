@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from exported import float_model, quantized
 from numpy.typing import NDArray
@@ -50,6 +51,22 @@ def feeds(model: ir.Model, sizes: Mapping[str, int] = SIZES) -> dict[str, NDArra
         else:
             found[name] = random.standard_normal(shape).astype(np.float32)
     return found
+
+
+def noted_and_inferred(model: ir.Model) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Static shapes of results by name: as noted in a graph, which loses them, and as ONNX infers them.
+
+    Both are of the values that have a shape in both, more than a hundred.
+    """
+    noted = {str(v.name): tuple(v.shape.numpy()) for node in model.graph for v in node.outputs if v.shape is not None}
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), strict_mode=True, data_prop=True)
+    inferred = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in proto.graph.value_info}
+    shared = noted.keys() & inferred.keys()
+    assert len(shared) > 100
+    return {name: noted[name] for name in shared}, {name: inferred[name] for name in shared}
 
 
 def distance(found: NDArray[Any], expected: NDArray[Any]) -> float:

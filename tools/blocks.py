@@ -151,9 +151,3 @@ def feeds_of(graph: ir.Model, values: Values) -> dict[str, NDArray[Any]]:
         assert value.dtype is not None
         feeds[str(value.name)] = values[str(value.name)].astype(value.dtype.numpy())
     return feeds
-
-
-def distance(found: NDArray[Any], exact: NDArray[Any]) -> float:
-    """‖found − exact‖ / ‖exact‖, in float64."""
-    reference = exact.astype(np.float64)
-    return float(np.linalg.norm(found.astype(np.float64) - reference) / np.linalg.norm(reference))

@@ -32,9 +32,9 @@ def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
     least_accuracy, least_speedup = gates
     asked = []
     if least_accuracy is not None:
-        asked.append((ACCURACY_GATE, *_accuracy(report, least_accuracy)))
+        asked.append((ACCURACY_GATE, least_accuracy, *_accuracy(report)))
     if least_speedup is not None:
-        asked.append((SPEED_GATE, "speedup", least_speedup, report["latency"]["speedup"]))
+        asked.append((SPEED_GATE, least_speedup, "speedup", report["latency"]["speedup"]))
     return [
         {
             "option": option,
@@ -43,22 +43,22 @@ def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
             "reached": reached,
             "passed": reached is not None and reached >= least,
         }
-        for option, measure, least, reached in asked
+        for option, least, measure, reached in asked
     ]
 
 
-def _accuracy(report: dict[str, Any], least: float) -> tuple[str, float, float | None]:
-    """What accuracy is measured by, what was asked for, and what was reached."""
+def _accuracy(report: dict[str, Any]) -> tuple[str, float | None]:
+    """What accuracy is measured by, and what was reached."""
     accuracy = report["accuracy"]
     if accuracy["miou_baseline"] is None:
-        return "agreement with the baseline (no ground truth)", least, accuracy["agreement_iou"]
-    return "relative mIoU", least, accuracy["miou_relative"]
+        return "agreement with the baseline (no ground truth)", accuracy["agreement_iou"]
+    return "relative mIoU", accuracy["miou_relative"]
 
 
 def branches_needed(report: dict[str, Any], gates: Gates) -> str | None:
     """Why low-rank branches must not be folded, or None where the engine without them is accurate enough."""
     least = LEAST_WITH_FOLDED_BRANCHES if gates[0] is None else gates[0]
-    measure, _, reached = _accuracy(report, least)
+    measure, reached = _accuracy(report)
     if reached is not None and reached >= least:
         return None
     return f"{measure} is {_shown(reached)} with low-rank branches folded, below {least:g}"

@@ -17,7 +17,7 @@ from samq.calib.sources import Sample
 from samq.engines.base import Arrays
 from samq.engines.predictor import Predictor
 from samq.tools.evaluate import answers_to
-from samq.tools.metrics import mean
+from samq.tools.metrics import likeness, mean
 
 IMAGES = 2  # compared: a few seconds each on a CPU
 FAILS_BELOW, WARNS_BELOW = 0.90, 0.98
@@ -45,19 +45,21 @@ def compare_with_fp32(
         cosine, None where a value is not finite; mean and smallest IoU of the masks, None without prompts; `state`.
     """
     one, other = _Remembering(exact), _Remembering(half)
-    distances: list[tuple[float, float]] = []
+    found: list[dict[str, float | None]] = []
     masks: list[float] = []
     for sample in samples:
         masks += [answer.record.agreement for answer in answers_to(one, other, sample, processor)]
-        distances.append(_distance(other.embeddings, one.embeddings))
+        found.append(likeness(other.embeddings, one.embeddings))
         step()
-    finite = bool(np.isfinite(distances).all())
+    errors = [error for values in found if (error := values["relative_error"]) is not None]
+    cosines = [cosine for values in found if (cosine := values["cosine"]) is not None]
+    finite = len(errors) == len(found)
     agreement = mean(masks)
     return {
-        "images": len(distances),
+        "images": len(found),
         "prompts": len(masks),
-        "relative_error": max(error for error, _ in distances) if distances and finite else None,
-        "cosine": min(cosine for _, cosine in distances) if distances and finite else None,
+        "relative_error": max(errors, default=None) if finite else None,
+        "cosine": min(cosines, default=None) if finite else None,
         "mask_iou": agreement,
         "lowest_mask_iou": min(masks, default=None),
         "state": _state(finite, agreement),
@@ -82,15 +84,6 @@ def _state(finite: bool, agreement: float | None) -> str:
     if not finite or (agreement is not None and agreement < FAILS_BELOW):
         return BROKEN
     return DIFFERS if agreement is not None and agreement < WARNS_BELOW else AGREES
-
-
-def _distance(found: NDArray[np.float64], expected: NDArray[np.float64]) -> tuple[float, float]:
-    """‖found − expected‖ / ‖expected‖, and the cosine between the two; not finite where `found` is not."""
-    if not np.isfinite(found).all():
-        return np.inf, np.nan
-    length, expected_length = float(np.linalg.norm(found)), float(np.linalg.norm(expected))
-    cosine = float(found @ expected) / (length * expected_length) if length else 0.0
-    return float(np.linalg.norm(found - expected)) / expected_length, cosine
 
 
 class _Remembering(Predictor):

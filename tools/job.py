@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,7 +22,6 @@ from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
 NO_PLACEMENT = "none"
-AUTO: Final = "auto"
 REFIT = "refit"
 STATIC, ONE_IMAGE, DYNAMIC = "static shapes", "one image and any prompts", "dynamic shapes"
 SHAPES: Mapping[str, StaticShape] = {STATIC: StaticShape(), ONE_IMAGE: ANY_PROMPTS, DYNAMIC: ANY_SHAPE}

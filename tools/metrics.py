@@ -26,6 +26,26 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return 1.0 if union == 0 else int(np.count_nonzero(one & other)) / union
 
 
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """‖found − expected‖ / ‖expected‖, in float64."""
+    exact = expected.astype(np.float64)
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact))
+
+
+def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Of the angle between the two, in float64; 0 where `found` is nothing but zeros."""
+    one, other = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / lengths if one.any() else 0.0
+
+
+def likeness(found: NDArray[Any], expected: NDArray[Any]) -> dict[str, float | None]:
+    """`relative_error` and `cosine` by their names, both None where `found` is not finite."""
+    if not np.isfinite(found).all():
+        return {"relative_error": None, "cosine": None}
+    return {"relative_error": relative_error(found, expected), "cosine": cosine(found, expected)}
+
+
 def sqnr_db(signal_power: float, noise_power: float) -> float | None:
     """10 log₁₀(signal / noise) in dB; None where there is no noise or no signal."""
     if noise_power <= 0 or signal_power <= 0:

@@ -25,8 +25,9 @@ from samq.export.placement import MOST_EXACT_FIRST, Figure, Figures, Form, Place
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.quant.config import Recipe, load_recipe
-from samq.tools.blocks import Block, Values, distance, float_tokens, lowered_blocks, on_cpu, on_tensorrt
+from samq.tools.blocks import Block, Values, float_tokens, lowered_blocks, on_cpu, on_tensorrt
 from samq.tools.job import Job, open_evaluation
+from samq.tools.metrics import relative_error
 from samq.tools.outdir import OutputDir
 from samq.tools.progress import Reporter
 from samq.tools.targets import target_at_hand
@@ -80,7 +81,7 @@ class Place:
         blocks: Figures = {}
         for form in self.forms:
             for block in lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options):
-                error = distance(on_cpu(block.graph, values), values[block.output])
+                error = relative_error(on_cpu(block.graph, values), values[block.output])
                 is_new = block.digest not in known
                 if is_new:
                     known[block.digest] = _measured(block, form, values, error)
@@ -253,7 +254,7 @@ def _measured(block: Block, form: Form, values: Values, error: float) -> Figure:
         if form == "fp16":
             raise
         return Figure(refused=str(failure), structure=block.digest)
-    executed, most = distance(run.output, values[block.output]), MARGIN * error + HALF_ERROR
+    executed, most = relative_error(run.output, values[block.output]), MARGIN * error + HALF_ERROR
     fits = executed <= most  # which NaN is not
     return Figure(
         milliseconds=round(run.median, 4),

@@ -40,8 +40,9 @@ from samq.tools.report.reading import REPORT
 from samq.tools.report.writing import PAGE
 from samq.tools.search_forms import FLOAT, check_candidates, recipe_of, uniform
 from samq.tools.search_front import Choice, Option, front_of, within
-from samq.tools.search_measure import Accuracy, accuracy_of, predictor_of
+from samq.tools.search_measure import Accuracy, accuracy_of
 from samq.tools.search_plot import front_as_svg
+from samq.tools.simulation import torch_predictor
 from samq.tools.stages import pixel_batches
 
 STATE, BEST, PLOT = "search.json", "best.yaml", "pareto.svg"
@@ -292,7 +293,7 @@ class _Searching:
             count = min(self.asked.job.num_eval_samples, len(self.evaluation))
             with self.reporter.track(f"masks of {name}, {count} images", count) as step:
                 samples = take(self.evaluation, count, self.asked.job.seed)
-                models = predictor_of(self.checkpoint.model), predictor_of(made.model)
+                models = torch_predictor(self.checkpoint.model), torch_predictor(made.model)
                 records = evaluate(*models, samples, self.checkpoint.processor, step)
             if not records:
                 raise BadInput(f"{self.evaluation.description} brings no prompt; give other --eval-data")

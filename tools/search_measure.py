@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import Sam2Model
 
-from samq.calib.parts import (
-    DECODER_INPUTS,
-    DECODER_OUTPUTS,
-    ENCODER_INPUTS,
-    ENCODER_OUTPUTS,
-    ImageEncoder,
-    MaskDecoder,
-)
-from samq.engines.base import Arrays
-from samq.engines.predictor import Predictor
 from samq.tools.evaluate import Record, summarize
-
-
-@dataclass
-class TorchPart:
-    """One part of a model as PyTorch simulates it: an engine, which all others are held against."""
-
-    module: nn.Module
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    shapes: Mapping[str, Sequence[int | str]]
-    device: torch.device
-
-    @torch.no_grad()
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """As `samq.engines.base.Engine.run`."""
-        answers = self.module(*(torch.from_numpy(np.ascontiguousarray(feeds[n])).to(self.device) for n in self.inputs))
-        return {name: answer.cpu().numpy() for name, answer in zip(self.outputs, answers, strict=True)}
-
-
-def predictor_of(model: Sam2Model) -> Predictor:
-    """Both parts of a float or a simulated model, ready to be prompted."""
-    device = next(model.parameters()).device
-    prompts: dict[str, Sequence[int | str]] = {"point_coords": ("batch", "prompts", "points", 2)}
-    return Predictor(
-        TorchPart(ImageEncoder(model), ENCODER_INPUTS, ENCODER_OUTPUTS, {}, device),
-        TorchPart(MaskDecoder(model), DECODER_INPUTS, DECODER_OUTPUTS, prompts, device),
-    )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import trace
 from samq.files import sha256_of, write_json, write_text
-from samq.quant.config import Recipe, load_recipe
+from samq.quant.config import AUTO, Recipe, load_recipe
 from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
@@ -31,7 +31,7 @@ from samq.tools.engine_memory import measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
 from samq.tools.half_precision import IMAGES, compare_with_fp32, complaint
-from samq.tools.job import AUTO, DYNAMIC, NO_PLACEMENT, SHAPES, STATIC, Data, Job, fingerprint
+from samq.tools.job import DYNAMIC, NO_PLACEMENT, SHAPES, STATIC, Data, Job, fingerprint
 from samq.tools.latency import measure_latency
 from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.progress import Reporter

@@ -37,8 +37,8 @@ from samq.export.placement import EVERYWHERE, Placement, load_placement, shipped
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
-from samq.quant.config import Recipe
-from samq.tools.job import AUTO, NO_PLACEMENT, REFIT, Job
+from samq.quant.config import AUTO, Recipe
+from samq.tools.job import NO_PLACEMENT, REFIT, Job
 
 ENGINES = "engines"  # folder of an output directory
 BASELINE = "fp16"  # folder of a GPU target's baseline

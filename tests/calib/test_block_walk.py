@@ -10,8 +10,9 @@ from small_model import pixels
 from torch import nn
 from transformers import Sam2Model
 
-from samq.calib.block_walk import BACKBONE, BlockWalk
+from samq.calib.block_walk import BlockWalk
 from samq.calib.calibrate import calibrate
+from samq.calib.parts import BACKBONE
 from samq.calib.spool import CPU_BUDGET, Spool
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput

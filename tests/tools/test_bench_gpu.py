@@ -54,6 +54,8 @@ from samq.tools.bench_gpu.masks import compare_masks
 from samq.tools.bench_gpu.record import Record, code_digest, read_record
 from samq.tools.bench_gpu.subject import Pixels, Subject
 from samq.tools.bench_gpu.table import markdown
+from samq.tools.metrics import likeness
+from samq.tools.simulation import torch_predictor
 
 RUN = {"command": "bench", "gpu": "A GPU", "TensorRT": "8.6.0"}
 DONE = {"ms": 2.0, "seconds": 10.0}
@@ -314,12 +316,12 @@ def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subjec
     (found,) = as_written(onnx.load(graph.path), {"pixel_values": images}, runtimes.EMBEDDINGS)
     preset = made_of.row.preset
     simulated = runtimes.exact_embeddings(subject.model if preset is None else subject.quantized(preset).model, images)
-    error = runtimes.agreement(found, simulated)["relative_error"]
+    error = likeness(found, simulated)["relative_error"]
     assert error is not None
     if preset is None:
         assert error < (HALF_ERROR if made_of.row.engine == "onnxruntime" else EXACT)
     else:  # single INT8 codes flip, and folding a branch rounds it again
-        quantization = runtimes.agreement(simulated, runtimes.exact_embeddings(subject.model, images))["relative_error"]
+        quantization = likeness(simulated, runtimes.exact_embeddings(subject.model, images))["relative_error"]
         assert quantization is not None
         assert error < min(FLIPPED_CODES, 0.5 * quantization)
     if made_of.row.engine == "tensorrt":
@@ -401,14 +403,6 @@ def test_random_weights_are_rounded_and_the_demo_is_not(subject: Subject) -> Non
 # --- figures
 
 
-def test_agreement_is_that_of_the_definition() -> None:
-    expected = np.array([[3.0, 4.0]], np.float32)
-    assert runtimes.agreement(expected, expected) == {"relative_error": 0.0, "cosine": pytest.approx(1.0)}
-    turned = runtimes.agreement(np.array([[-4.0, 3.0]], np.float16), expected)
-    assert turned == {"relative_error": pytest.approx(2**0.5), "cosine": pytest.approx(0.0)}
-    assert runtimes.agreement(np.array([[np.inf, 0.0]]), expected) == {"relative_error": None, "cosine": None}
-
-
 def test_masks_are_compared_with_the_simulation(subject: Subject, made: Graphs) -> None:
     masks = np.zeros((2, IMAGE_SIZE, IMAGE_SIZE), bool)
     masks[0, 20:60, 30:90], masks[1, 70:120, 10:50] = True, True
@@ -420,7 +414,7 @@ def test_masks_are_compared_with_the_simulation(subject: Subject, made: Graphs) 
         [1, shells.PROMPTS, n, 2] for n in (1, 2)
     ]
     engines = Predictor(OnnxRuntimeEngine(made.encoder(exact).path), runtimes.ByPoints(decoders))
-    found = compare_masks(runtimes.torch_predictor(subject.model), engines, [scene], processor)
+    found = compare_masks(torch_predictor(subject.model), engines, [scene], processor)
     assert found["scenes"] == 1
     for kind in ("box", "click"):
         assert found[kind]["prompts"] == 2

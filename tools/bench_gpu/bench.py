@@ -18,6 +18,8 @@ from samq.tools.bench_gpu.cells import Cell
 from samq.tools.bench_gpu.graphs import AtHand, Graph, Graphs
 from samq.tools.bench_gpu.masks import compare_masks
 from samq.tools.bench_gpu.subject import Pixels, Subject
+from samq.tools.metrics import likeness
+from samq.tools.simulation import torch_predictor
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Bench:
 
     def _simulated_error(self, preset: str, pixels: Pixels, expected: NDArray[np.float32]) -> float | None:
         simulated = runtimes.exact_embeddings(self.subject.quantized(preset).model, pixels)
-        return runtimes.agreement(simulated, expected)["relative_error"]
+        return likeness(simulated, expected)["relative_error"]
 
     def _images_of(self, batch: int) -> tuple[Pixels, NDArray[np.float32]]:
         """Images, and what the float32 model answers."""
@@ -141,4 +143,4 @@ class Bench:
         model = self.subject.on_device if preset is None else self.subject.quantized(preset).model
         scenes = self.subject.scenes(self.scenes)
         with runtimes.tensorrt_predictor(encoder, decoders) as engines:
-            return compare_masks(runtimes.torch_predictor(model), engines, scenes, self.subject.processor)
+            return compare_masks(torch_predictor(model), engines, scenes, self.subject.processor)

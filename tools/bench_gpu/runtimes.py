@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from transformers import Sam2Model
 
-from samq.calib.parts import DECODER_INPUTS, DECODER_OUTPUTS, ENCODER_INPUTS, ENCODER_OUTPUTS, ImageEncoder, MaskDecoder
+from samq.calib.parts import ENCODER_INPUTS, ImageEncoder
 from samq.engines.base import Arrays, Engine
 from samq.engines.onnxruntime_cuda import CudaOptions
 from samq.engines.predictor import Predictor
@@ -38,6 +37,8 @@ from samq.files import sha256_of
 from samq.tools.bench_gpu.code import digest_of
 from samq.tools.bench_gpu.onnxruntime_cell import EMBEDDINGS, RUNS
 from samq.tools.bench_gpu.subject import Pixels
+from samq.tools.metrics import likeness
+from samq.tools.simulation import without_tf32
 
 WARM_UPS = 20
 CELL = "samq.tools.bench_gpu.onnxruntime_cell"
@@ -81,43 +82,18 @@ class Measured:
             "runs": len(self.ms),
             "megabytes": round(self.megabytes, 2),
             "build_seconds": None if self.build_seconds is None else round(self.build_seconds, 1),
-            **agreement(self.embeddings, expected),
+            **likeness(self.embeddings, expected),
         }
         return figures | self.facts
-
-
-def agreement(found: NDArray[Any], expected: NDArray[np.float32]) -> dict[str, float | None]:
-    """‖found − expected‖ / ‖expected‖ and the cosine between the two, in float64; None where `found` is not finite."""
-    one, other = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    if not np.isfinite(one).all():
-        return {"relative_error": None, "cosine": None}
-    length = float(np.linalg.norm(other))
-    return {
-        "relative_error": float(np.linalg.norm(one - other)) / length,
-        "cosine": float(one @ other) / (length * float(np.linalg.norm(one))) if one.any() else 0.0,
-    }
 
 
 @torch.no_grad()
 def exact_embeddings(model: Sam2Model, pixels: Pixels) -> NDArray[np.float32]:
     """`image_embeddings` of the float32 model, without TF32."""
-    with _without_tf32():
+    with without_tf32():
         device = next(model.parameters()).device
         embeddings: NDArray[np.float32] = ImageEncoder(model)(torch.from_numpy(pixels).to(device))[0].cpu().numpy()
     return embeddings
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
-    for kind in kinds:
-        kind.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for kind, allowed in zip(kinds, before, strict=True):
-            kind.allow_tf32 = allowed
 
 
 def give_memory_back() -> None:
@@ -279,28 +255,3 @@ class ByPoints:
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name."""
         return self._decoders[feeds["point_coords"].shape[2]].run(feeds)
-
-
-class TorchPart:
-    """A part of a model in PyTorch, as an engine (`samq.engines.base.Engine`)."""
-
-    def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        self._module, self.inputs, self.outputs = module.eval(), inputs, outputs
-        self._device = next(module.parameters()).device
-        self.shapes: Mapping[str, Sequence[int | str]] = {"point_coords": ("batch", "prompts", "points", 2)}
-
-    @torch.no_grad()
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Outputs by name."""
-        given: list[Tensor] = [torch.from_numpy(np.asarray(feeds[name])).to(self._device) for name in self.inputs]
-        with _without_tf32():
-            answers = self._module(*given)
-        return {name: answer.cpu().numpy() for name, answer in zip(self.outputs, answers, strict=True)}
-
-
-def torch_predictor(model: Sam2Model) -> Predictor:
-    """Both parts in PyTorch, where the model is."""
-    return Predictor(
-        TorchPart(ImageEncoder(model), ENCODER_INPUTS, ENCODER_OUTPUTS),
-        TorchPart(MaskDecoder(model), DECODER_INPUTS, DECODER_OUTPUTS),
-    )
