@@ -67,7 +67,7 @@ def _sink(graph: ir.Graph, add: ir.Node) -> list[ir.Node] | None:
         return None
     source, bias = found
     if all(index == 0 and _is_linear(node) for node, index in uses):
-        return [_behind(graph, node, source, index, bias @ weight_of(node)) for node, index in uses]
+        return [_behind_linear(graph, node, source, index, bias @ weight_of(node)) for node, index in uses]
     step = _STEPS.get(uses[0][0].op_type)
     return None if step is None or len(uses) > 1 else step(graph, *uses[0], source, bias)
 
@@ -88,6 +88,13 @@ def _behind(graph: ir.Graph, node: ir.Node, source: ir.Value, index: int, bias: 
     replace_value(graph, result, add.outputs[0])
     add.replace_input_with(0, result)
     return add
+
+
+def _behind_linear(graph: ir.Graph, node: ir.Node, source: ir.Value, index: int, bias: Bias) -> ir.Node:
+    """The same; the result's shape, which a low-rank branch lacks within itself, follows from the bias."""
+    if node.outputs[0].shape is None and source.shape is not None:
+        node.outputs[0].shape = ir.Shape([*source.shape[:-1], len(bias)])
+    return _behind(graph, node, source, index, bias)
 
 
 def _past(graph: ir.Graph, node: ir.Node, index: int, source: ir.Value, bias: Bias) -> list[ir.Node] | None:

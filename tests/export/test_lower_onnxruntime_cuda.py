@@ -176,6 +176,8 @@ def test_a_whole_encoder_computes_what_torch_does_with_these_weights(
     assert operators["MultiHeadAttention"] == 5
     assert operators["Split"] == (12 if options.get("separate", True) else 5)  # of 6 maxima, or of 5 times q, k and v
     assert (operators["MatMulNBits"] > 0) == (options.get("weights") == "packed")
+    if not options:
+        assert not [node for node in lowered.model.graph if str(node.name).endswith("low_rank/up")], "in the weights"
     if options.get("separate", True):  # else one Add has the biases of q, k and v
         assert not [value for value in keys_and_values(lowered.model) if has_bias(value)]
 
