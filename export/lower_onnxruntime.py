@@ -7,25 +7,51 @@ MatMulNBits with INT8 activations unless told otherwise. So its kernels are name
 |------------------------------------|-------------------------------------------------------------------------------|
 | INT8 inputs, one scale a tensor    | QuantizeLinear → com.microsoft.MatMulIntegerToFloat, bias inside              |
 | INT8 inputs, one scale a token     | QuantizeLinear → MatMulInteger → Cast → Mul (token) → Mul (channel)           |
-| float inputs, 4- or 8-bit weights  | com.microsoft.MatMulNBits with accuracy_level 1: FP32 arithmetic              |
+| float inputs, 4- or 8-bit weights  | com.microsoft.MatMulNBits with accuracy_level 1: FP32 arithmetic, bias inside |
+| low-rank branch                    | MatMul (down) → MatMul (up) → Add, in FP32                                    |
 
 Signed input codes become unsigned ones around 128, which is the same grid and the form that VNNI multiplies. Two-level
 weights become their INT8 product. Layers that read one tensor through equal scales share one QuantizeLinear.
+
+What stands around the layers is rewritten for the CPU, exactly, each rewrite in a module of its own: queries, keys and
+values get a GEMM each, attention becomes MultiHeadAttention, which is flash attention on the CPU too, maxima are taken
+an axis at a time, bytes are moved instead of floats, windows stay in cache, and images are not projected for a few
+tokens. SkipLayerNormalization, which CUDA wants, is slower here than its parts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from samq.export.add_unrepeated import add_unrepeated
+from samq.export.axis_maxima import reduce_axis_by_axis
 from samq.export.canonical import Gemm, GemmInputs, GemmWeight, read_gemms
+from samq.export.few_tokens import absorb_projections
+from samq.export.fuse_attention import Rewrite, fuse_attention
 from samq.export.graph import Writer, constant_of, remove_unused, replace_value
+from samq.export.in_cache import keep_in_cache
+from samq.export.merge_moves import merge_moves
+from samq.export.quantize_early import quantize_early
+from samq.export.split_projections import split_projections
 
 CONTRIB = "com.microsoft"
 FP32_ARITHMETIC = 1  # MatMulNBits accuracy_level; 4 would quantize the activations
 BLOCK_SIZES = (128, 64, 32, 16)  # that MatMulNBits unpacks
 FLOAT = ir.DataType.FLOAT
+
+REWRITES: tuple[Callable[[ir.Model], Rewrite], ...] = (
+    absorb_projections,
+    add_unrepeated,
+    reduce_axis_by_axis,
+    quantize_early,
+    merge_moves,
+    keep_in_cache,
+)
 
 Shared = dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]]
 
@@ -36,11 +62,34 @@ def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
     Raises:
         ValueError: a layer cannot be expressed exactly; the message names it and says why.
     """
+    split_projections(model)
+    fuse_attention(model)
+    _lower_gemms(model)
+    for rewrite in REWRITES:
+        rewrite(model)
+    return model
+
+
+class _PartWriter(Writer):
+    """Names what it writes after its part of the layer, too: `_0` in `<layer>/MatMul_0` are its first columns."""
+
+    def __init__(self, graph: ir.Graph, gemm: Gemm) -> None:
+        super().__init__(graph, gemm.node, gemm.layer)
+        self._part = str(gemm.node.name).removeprefix(f"{gemm.layer}/MatMul")
+
+    def node(self, op: str, inputs: Any, name: str, **attributes: Any) -> ir.Value:
+        return super().node(op, inputs, f"{name}{self._part}", **attributes)
+
+    def constant(self, array: NDArray[Any], name: str) -> ir.Value:
+        return super().constant(array, f"{name}{self._part}")
+
+
+def _lower_gemms(model: ir.Model) -> None:
     shared: Shared = {}
     for gemm in read_gemms(model):
-        writer = Writer(model.graph, gemm.node, gemm.layer)
+        writer = _PartWriter(model.graph, gemm)
         if gemm.inputs is None:
-            old, new = gemm.node.outputs[0], _weight_only(writer, gemm)
+            old, new = _weight_only(writer, gemm)
         elif gemm.inputs.per_token:
             old, new = gemm.node.outputs[0], _per_token(writer, gemm, gemm.inputs)
         else:
@@ -51,7 +100,6 @@ def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
                 model.graph.remove(stale, safe=True)
     model.graph.opset_imports[CONTRIB] = 1
     remove_unused(model)
-    return model
 
 
 def _int8_weight(gemm: Gemm) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -128,7 +176,8 @@ def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs) -> ir.Value:
     return writer.node("Mul", [scaled, scale], "channel_scaled", dtype=FLOAT, shape=shape)
 
 
-def _weight_only(writer: Writer, gemm: Gemm) -> ir.Value:
+def _weight_only(writer: Writer, gemm: Gemm) -> tuple[ir.Value, ir.Value]:
+    """MatMulNBits; returns the value that it replaces and itself, as `_per_tensor`."""
     weight = gemm.weight
     inputs, outputs = weight.codes.shape
     bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
@@ -138,16 +187,23 @@ def _weight_only(writer: Writer, gemm: Gemm) -> ir.Value:
     scale = np.repeat(weight.scale, max(1, weight.group_size // block), axis=0)[:blocks]
     if weight.scale.shape[0] == 1:
         scale = np.repeat(weight.scale, blocks, axis=0)
-    operands = [
+    operands: list[ir.Value | None] = [
         gemm.node.inputs[0],
         writer.constant(packed, "packed"),
         writer.constant(scale.T, "block_scale"),
-        *([] if zero_points is None else [writer.constant(zero_points, "block_zero_point")]),
+        None if zero_points is None else writer.constant(zero_points, "block_zero_point"),
     ]
-    return writer.node(
+    old, add = gemm.node.outputs[0], _bias_add(gemm)
+    if add is not None:
+        operands += [None, add.inputs[1]]
+        old = add.outputs[0]
+    while operands[-1] is None:
+        operands.pop()
+    new = writer.node(
         "MatMulNBits", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape,
         K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=FP32_ARITHMETIC,
     )  # fmt: skip
+    return old, new
 
 
 def _block_size(gemm: Gemm) -> int:

@@ -11,13 +11,16 @@ from exported import canonical, quantized
 from small_model import IMAGE_SIZE, pixels, recipe_of
 
 from samq.calib.parts import IMAGE_ENCODER
-from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
+from samq.engines import onnxruntime
+from samq.engines.base import Executed
+from samq.engines.onnxruntime import EXACT_INT8, OnnxRuntimeEngine, executed_layers
 from samq.errors import BadInput
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import save_part
 from samq.quant.config import Recipe
 from samq.tools.targets import requested_compute
 
+CPU_FLAGS = Path("/proc/cpuinfo")
 PER_TOKEN = recipe_of("int4_w4a8_rtn", ipts={"mode": "dynamic", "granularity": "per_token"})
 
 
@@ -55,6 +58,50 @@ def test_quantized_activations_of_weights_only_kernels_are_told(tmp_path: Path) 
             attribute.i = 4
     onnx.save(model, path)
     assert "INT4 weights, INT8 arithmetic" in {found.compute for found in executed_layers(path).values()}
+
+
+def test_a_layer_in_several_gemms_is_told_once(tmp_path: Path) -> None:
+    """Queries, keys and values have a GEMM each; where these run differently, all of it is told."""
+    path = tmp_path / "lowered.onnx"
+    save_part(lower_for_onnxruntime(canonical(recipe_of("int4_w4only_rtn"), IMAGE_ENCODER)), path)
+    model = onnx.load(path)
+    layer = "vision_encoder.backbone.blocks.0.attn.qkv"
+    parts = [node for node in model.graph.node if node.name.startswith(f"{layer}/MatMul")]
+    assert len(parts) == 3
+    told = "INT4 weights, FP32 arithmetic"
+    assert executed_layers(path)[layer] == Executed(told, "MatMulNBits")
+    (level,) = (attribute for attribute in parts[1].attribute if attribute.name == "accuracy_level")
+    level.i = 4
+    onnx.save(model, path)
+    assert executed_layers(path)[layer].compute == f"{told} and INT4 weights, INT8 arithmetic"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_kernels_are_told_to_be_exact_where_they_are_not(
+    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exact and not onnxruntime.multiplies_exactly():
+        pytest.skip("this machine's kernels are not exact by themselves")
+    path, image = tmp_path / "lowered.onnx", {"pixel_values": pixels(1).numpy()}
+    save_part(lower_for_onnxruntime(canonical(recipe_of("int8_w8a8"), IMAGE_ENCODER)), path)
+    expected = OnnxRuntimeEngine(path).run(image)
+    monkeypatch.setattr(onnxruntime, "multiplies_exactly", lambda: exact)
+    name, value = EXACT_INT8
+    if exact:
+        with pytest.raises(RuntimeError, match=name):  # not asked for, for it costs VNNI two thirds of its speed
+            onnxruntime._options(1).get_session_config_entry(name)
+    else:
+        assert onnxruntime._options(1).get_session_config_entry(name) == value
+    for output, found in OnnxRuntimeEngine(path).run(image).items():  # on integers there is one answer
+        np.testing.assert_array_equal(found, expected[output])
+
+
+@pytest.mark.skipif(not CPU_FLAGS.is_file(), reason="only Linux tells what the processor can do")
+def test_the_probe_finds_vnni() -> None:
+    flags = set(CPU_FLAGS.read_text().split())
+    if "avx2" not in flags:
+        pytest.skip("no x64 processor that saturates")
+    assert onnxruntime.multiplies_exactly() == bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not onnx", b"\x08\x07\x12\x00"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import nn
 
 from samq.calib.parts import IMAGE_ENCODER, ImageEncoder
 from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
+from samq.export.graph import constant_of
 from samq.export.linear import fill_sites
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import save_part
@@ -159,3 +161,28 @@ def test_a_whole_encoder_computes_what_torch_simulates(name: str, tmp_path: Path
     executed = executed_layers(tmp_path / "lowered.onnx")
     layers = [layer for layer in quantized(recipe).codes if layer.startswith("vision_encoder.")]
     assert {executed[layer].compute for layer in layers} == {requested_compute(recipe)}
+
+
+PARTS_OF_ENCODER = {
+    "int4_w4a8": {"MatMulIntegerToFloat": 33, "MultiHeadAttention": 5, "Split": 0},
+    "int4_w4only_rtn": {"MatMulNBits": 33, "MultiHeadAttention": 5, "Split": 0},
+    "int4_svdquant": {"MatMulIntegerToFloat": 33, "MultiHeadAttention": 5, "Split": 0},
+}
+
+
+@pytest.mark.parametrize("preset", PARTS_OF_ENCODER)
+def test_what_stands_around_the_layers_is_written_for_the_cpu(preset: str) -> None:
+    model = lower_for_onnxruntime(canonical(recipe_of(preset), IMAGE_ENCODER))
+    operators = Counter(node.op_type for node in model.graph)
+    assert {name: operators[name] for name in PARTS_OF_ENCODER[preset]} == PARTS_OF_ENCODER[preset]
+    assert all(constant_of(node.inputs[1]).size == 1 for node in model.graph if node.op_type == "ReduceMax")
+    biases = [node for node in model.graph if node.op_type == "Add" and constant_of(node.inputs[1]) is not None]
+    assert not [node.name for node in biases if str(node.name).endswith("/Add")]  # all in kernels
+
+
+def test_a_bias_of_4_bit_weights_is_in_the_kernel(tmp_path: Path) -> None:
+    layer = codes(4, False, 16, bias=True)
+    model = filled(layer)
+    assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens())) < 1e-6
+    lower_for_onnxruntime(model)
+    assert [node.op_type for node in model.graph] == ["MatMulNBits"]
