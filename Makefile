@@ -71,14 +71,16 @@ lint: .venv/.samq-dev
 	  --target .venv/triton $(TRITON_SERVER) || echo "samq: no Triton server for this machine; its tests are skipped"
 	@touch $@
 
-# The optional extras are resolved with the rest, so that each of them fits the pins, then left out. Pins that
-# still fit are kept: ARGS=--upgrade renews them all, ARGS="--upgrade-package NAME" one.
+# The optional extras but `bench`, whose peers want an environment of their own, are resolved with the rest, so that
+# each of them fits the pins, then left out. Pins that still fit are kept: ARGS=--upgrade renews them all,
+# ARGS="--upgrade-package NAME" one.
+RESOLVED = gpu tensorrt modelopt triton dev
 UV_COMPILE = uv pip compile pyproject.toml --universal --python-version 3.10 \
 	--upgrade-package torch==2.13.0 --no-annotate --no-header -q
 constraints:
 	@mkdir -p out
 	cp constraints.txt out/constraints.new
-	$(UV_COMPILE) --all-extras $(ARGS) -o out/constraints.new >/dev/null
+	$(UV_COMPILE) $(RESOLVED:%=--extra %) $(ARGS) -o out/constraints.new >/dev/null
 	$(UV_COMPILE) --extra dev -o out/constraints.new >/dev/null
 	sed '/^[^#]/,$$d' constraints.txt | cat - out/constraints.new > out/constraints.txt
 	mv out/constraints.txt constraints.txt && rm out/constraints.new

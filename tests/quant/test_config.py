@@ -82,11 +82,12 @@ def test_presets_are_the_documented_ones() -> None:
     rtn, gptq = load_recipe("int4_w4a8_rtn"), load_recipe("int4_w4a8")
     assert rtn.wgts.kernel_gptq is None
     assert gptq.wgts.kernel_gptq == GptqConfig(block_size=128, damp_percentage=0.01)
-    assert gptq.wgts.scales == ScalesConfig(method="mse", weighted=True)
+    assert gptq.wgts.scales == ScalesConfig(method="p_norm", p=3.0, weighted=True)
+    assert (gptq.wgts.bias_correction, rtn.wgts.bias_correction) == (True, False)
     assert rtn.wgts.scales == ScalesConfig(method="mse", weighted=False) == ScalesConfig()
-    without = {"kernel_gptq": None, "scales": ScalesConfig()}
+    without = {"kernel_gptq": None, "scales": ScalesConfig(), "bias_correction": False}
     assert gptq.wgts.model_copy(update=without) == rtn.wgts
-    assert load_recipe("int4_svdquant").wgts.low_rank == LowRankConfig(rank=32, compensate=False)
+    assert load_recipe("int4_svdquant").wgts.low_rank == LowRankConfig(rank="auto", weighting="full")
 
 
 def test_defaults_and_shorthands() -> None:

@@ -1,0 +1,97 @@
+"""samq's rows: its presets, what they are without some of their methods, and configs from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samq.errors import UsageError
+from samq.quant.config import Recipe, load_recipe
+from samq.quant.quantize import quantize
+from samq.tools.bench_accuracy.method import BRANCH, OURS, W4, W4A8, W8A8, Made, Method, Subject, bits_per_weight
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Section of a recipe → keys that differ."""
+
+OFF = {"enabled": False}
+PLAIN: Changes = {"shift": OFF, "smooth": OFF}
+
+
+def with_changes(preset: str, changes: Changes) -> Recipe:
+    """A preset in which some keys differ."""
+    values = load_recipe(preset).model_dump()
+    for section, keys in changes.items():
+        values[section] |= keys
+    return Recipe.model_validate(values)
+
+
+def form_of(recipe: Recipe) -> str:
+    """The form of a recipe's layers, those with rules of their own apart.
+
+    Raises:
+        UsageError: the table has no such form.
+    """
+    if recipe.weight_only and recipe.wgts.bits == 4:
+        return W4
+    if recipe.weight_only:
+        raise UsageError("8-bit weights with float activations have no place in the table; give another --config")
+    if recipe.wgts.bits == 8:
+        return W8A8
+    return W4A8 if recipe.wgts.low_rank is None else BRANCH
+
+
+def inputs_of(recipe: Recipe) -> str:
+    """How activations are quantized."""
+    if recipe.ipts is None:
+        return "float"
+    return f"{recipe.ipts.mode}, {recipe.ipts.granularity.replace('_', ' ')}"
+
+
+def method_of(key: str, title: str, recipe: Recipe) -> Method:
+    """The row of a recipe."""
+
+    def make(subject: Subject) -> Made:
+        torch.manual_seed(0)
+        result = quantize(subject.model, recipe, subject.pixels if recipe.needs_calibration else None)
+        plans = [plan for plan in result.plans if plan.skip is None]
+        stored = sum(codes.stored_bytes() for codes in result.codes.values())
+        return Made(result.model, bits_per_weight(plans, 8 * stored))
+
+    return Method(key, title, form_of(recipe), OURS, make, inputs_of(recipe), recipe=recipe.to_yaml())
+
+
+def config_method(path: str) -> Method:
+    """The row of a config file, e.g. of `search/best.yaml`.
+
+    Raises:
+        UsageError: it is no config, or of a form that the table does not have.
+    """
+    recipe, name = load_recipe(path), Path(path).stem
+    return method_of(f"config:{name}", f"`{name}`", recipe)
+
+
+_ROWS: tuple[tuple[str, str, str, Changes], ...] = (
+    ("w4a8", "`int4_w4a8`: GPTQ, shift, SmoothQuant", "int4_w4a8", {}),
+    ("svdquant", "`int4_svdquant`", "int4_svdquant", {}),
+    ("w4only", "`int4_w4only`: GPTQ, shift, smoothing", "int4_w4only", {}),
+    ("w8a8", "`int8_w8a8`: shift, SmoothQuant", "int8_w8a8", {}),
+    ("w4a8-rtn", "`int4_w4a8_rtn`: round to nearest", "int4_w4a8_rtn", {}),
+    ("w4a8-gptq", "GPTQ alone", "int4_w4a8", PLAIN),
+    ("w4a8-smooth", "shift and SmoothQuant alone", "int4_w4a8", {"wgts": {"kernel_gptq": None}}),
+    ("w4a8-rotation", "`int4_w4a8` with rotation", "int4_w4a8", {"rotation": {"enabled": True}}),
+    (
+        "w4a8-token",
+        "`int4_w4a8` with a scale for each token",
+        "int4_w4a8",
+        {"ipts": {"granularity": "per_token", "mode": "dynamic"}},
+    ),
+    ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
+    ("w4only-gptq", "GPTQ alone", "int4_w4only", PLAIN),
+    ("w4only-rotation", "`int4_w4only` with rotation", "int4_w4only", {"rotation": {"enabled": True}}),
+    ("w8a8-rtn", "round to nearest", "int8_w8a8", PLAIN),
+)
+
+METHODS = tuple(method_of(key, title, with_changes(preset, changes)) for key, title, preset, changes in _ROWS)
