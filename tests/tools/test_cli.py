@@ -201,7 +201,8 @@ def test_what_the_runtime_makes_of_the_canonical_graph_is_flagged(
     assert {layer["requested"] for layer in flagged} == {"W4A8: INT8 GEMM"}
     assert {layer["executed"] for layer in flagged} == {"FP32 GEMM (MatMul)"}
     text = (out / "report" / "report.md").read_text()
-    assert "23 layers do not execute what was requested" in text
+    assert "23 layers do not execute what was requested: 23 × FP32 GEMM (MatMul) instead of W4A8: INT8 GEMM" in text
+    assert f"({', '.join(report['disagreements'][:3])} and 20 more)" in text
     assert text.count("⚠") == 23
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from samq.tools.half_precision import BROKEN, DIFFERS
 from samq.tools.report.units import counted, data_size, joined, milliseconds, number, percent
 
 FLOAT = "float"
+NAMED = 3  # layers, of those that execute something else
 PASSED, MISSED, WARNING, UNKNOWN, PLAIN = "passed", "missed", "warning", "unknown", "plain"
 
 
@@ -88,12 +90,7 @@ def verdict(report: dict[str, Any]) -> str:
         f"{latency['engine']}: {latency['quantized_ms']:.1f} ms against {latency['baseline_ms']:.1f} ms "
         f"({latency['speedup']:.2f}× as fast as {latency['baseline']}: {faster})."
     )
-    misfits = report["disagreements"]
-    lines.append(
-        f"{len(misfits)} layers do not execute what was requested: {', '.join(misfits)}."
-        if misfits
-        else "Every quantized layer executes what was requested."
-    )
+    lines.append(_misfits(report) if report["disagreements"] else "Every quantized layer executes what was requested.")
     for gate in report["gates"]:
         state = "passed" if gate["passed"] else "MISSED"
         reached = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
@@ -168,3 +165,12 @@ def _executed(report: dict[str, Any]) -> Claim:
     detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
     reached = f"{len(quantized) - misfits} of {len(quantized)}"
     return Claim("Executed", asked, reached, "layers as requested", detail, WARNING if misfits else PASSED)
+
+
+def _misfits(report: dict[str, Any]) -> str:
+    """What layers execute instead of what was requested, and the names of a few."""
+    names = report["disagreements"]
+    kinds = Counter((layer["executed"], layer["requested"]) for layer in report["layers"] if layer["name"] in names)
+    told = "; ".join(f"{count} × {executed} instead of {requested}" for (executed, requested), count in kinds.items())
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} layers do not execute what was requested: {told} ({', '.join(names[:NAMED])}{more})."
