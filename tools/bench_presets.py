@@ -37,14 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=preset_names(), help="presets or YAML files")
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the figures here, after each preset")
     arguments = parser.parse_args()
     rows = []
     for preset in arguments.presets:
         rows.append(_measure(preset, arguments.scenes))
         print(_line(rows[-1]) if len(rows) > 1 else f"{HEAD}\n{_line(rows[-1])}", flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, {"scenes": arguments.scenes, "environment": environment(), "presets": rows})
+        if arguments.json is not None:
+            write_json(arguments.json, {"scenes": arguments.scenes, "environment": environment(), "presets": rows})
 
 
 def _measure(preset: str, scenes: int) -> dict[str, Any]:
