@@ -27,10 +27,12 @@ class BlockWalk:
         model: a `Sam2Model` in eval mode.
         pixels: pixel values [B, 3, S, S].
         with_hessian: also gather Σ x xᵀ.
+        with_histogram: also count the values.
     """
 
-    def __init__(self, model: Sam2Model, pixels: Spool, with_hessian: bool) -> None:
-        self.model, self.pixels, self.with_hessian = model, pixels, with_hessian
+    def __init__(self, model: Sam2Model, pixels: Spool, with_hessian: bool, with_histogram: bool = False) -> None:
+        self.model, self.pixels = model, pixels
+        self.with_hessian, self.with_histogram = with_hessian, with_histogram
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -60,7 +62,14 @@ class BlockWalk:
                     tokens[index] = block(batch.to(self.device))
         others = [name for name in layers if not any(name in names for names in inside)]
         if others:
-            yield calibrate(self.model, self._modules(others), self.pixels, self.with_hessian, with_decoder=True)
+            yield calibrate(
+                self.model,
+                self._modules(others),
+                self.pixels,
+                self.with_hessian,
+                with_decoder=True,
+                with_histogram=self.with_histogram,
+            )
 
     def _first_tokens(self, pixel_values: Tensor) -> Tensor:
         """[B, h, w, C] of the patches with their positions, as `Sam2HieraDetModel.forward` makes them."""
@@ -70,7 +79,7 @@ class BlockWalk:
         return tokens
 
     def _observed(self, block: nn.Module, names: list[str], tokens: Spool) -> dict[str, InputStatistics]:
-        with Recorder(self._modules(names), self.with_hessian).recording() as statistics:
+        with Recorder(self._modules(names), self.with_hessian, self.with_histogram).recording() as statistics:
             for batch in tokens:
                 block(batch.to(self.device))
         require_finite(statistics)

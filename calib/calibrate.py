@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Sam2Model
 
+from samq.calib.histogram import Histogram
 from samq.calib.parts import ImageEncoder, MaskDecoder
 from samq.calib.prompts import Prompts, box_of, boxes, clicks, grid
-from samq.calib.statistics import InputStatistics, Recorder
+from samq.calib.statistics import InputStatistics, Recorder, listening
 from samq.errors import BadInput
 
 GRID_PER_SIDE = 4
@@ -26,39 +27,64 @@ def calibrate(
     with_hessian: bool,
     with_decoder: bool,
     tick: Callable[[str], None] = lambda _: None,
+    with_histogram: bool = False,
 ) -> dict[str, InputStatistics]:
     """Gather input statistics of `layers` in one pass.
-
-    The decoder, when it is wanted, is prompted with a grid of clicks, with the boxes of the masks that these find, and
-    with those masks themselves.
 
     Args:
         model: a `Sam2Model` in eval mode.
         layers: the layers to observe, by name.
         batches: pixel values [B, 3, S, S]; read once, one batch in memory at a time.
+        with_decoder: also run the decoder, see `_run`.
         tick: called once a batch.
 
     Raises:
         BadInput: there was no image, or an activation became infinite or NaN.
     """
-    encoder, decoder = ImageEncoder(model), MaskDecoder(model)
-    device = next(model.parameters()).device
-    recorder = Recorder(layers, with_hessian)
-    seen = 0
+    recorder = Recorder(layers, with_hessian, with_histogram)
     with recorder.recording() as statistics:
-        for batch in batches:
-            features = encoder(batch.to(device))
-            if with_decoder:
-                _prompt(decoder, features, batch.shape[-1])
-            seen += batch.shape[0]
-            tick("calibrate")
-    if seen == 0:
-        raise BadInput("calibration saw no image; give a folder with images as --calib-data")
+        _run(model, batches, with_decoder, tick)
     require_finite(statistics)
     return statistics
 
 
-def require_finite(statistics: Mapping[str, InputStatistics]) -> None:
+@torch.no_grad()
+def histograms(
+    model: Sam2Model, layers: Mapping[str, nn.Linear], batches: Iterable[Tensor], with_decoder: bool
+) -> dict[str, Histogram]:
+    """Count the values that `layers` read, in one pass; arguments and errors as of `calibrate`."""
+    found = {name: Histogram() for name in layers}
+    with listening(layers, found):
+        _run(model, batches, with_decoder)
+    require_finite(found)
+    return found
+
+
+def _run(
+    model: Sam2Model, batches: Iterable[Tensor], with_decoder: bool, tick: Callable[[str], None] = lambda _: None
+) -> None:
+    """Run the encoder and, where it is wanted, the decoder.
+
+    The decoder is prompted with a grid of clicks, with the boxes of the masks that these find, and with those masks
+    themselves.
+
+    Raises:
+        BadInput: there was no image.
+    """
+    encoder, decoder = ImageEncoder(model), MaskDecoder(model)
+    device = next(model.parameters()).device
+    seen = 0
+    for batch in batches:
+        features = encoder(batch.to(device))
+        if with_decoder:
+            _prompt(decoder, features, batch.shape[-1])
+        seen += batch.shape[0]
+        tick("calibrate")
+    if seen == 0:
+        raise BadInput("calibration saw no image; give a folder with images as --calib-data")
+
+
+def require_finite(statistics: Mapping[str, InputStatistics] | Mapping[str, Histogram]) -> None:
     """Insist that no input overflowed.
 
     Raises:

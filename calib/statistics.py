@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from samq.calib.histogram import Histogram
+
 SAMPLE_ROWS = 1024
 
 
@@ -23,6 +25,8 @@ class InputStatistics:
         sample: [≤ SAMPLE_ROWS, K] rows, about equally many of each call.
         rows: number of rows seen.
         share: rows that the next call puts into the sample.
+        histogram: of all values of all channels, or None when nothing asked for it. It knows no channels, so none of
+            the changes below can be accounted for: they leave None.
     """
 
     low: Tensor
@@ -32,9 +36,10 @@ class InputStatistics:
     sample: Tensor
     rows: int = 0
     share: int = SAMPLE_ROWS
+    histogram: Histogram | None = None
 
     @staticmethod
-    def empty(inputs: int, with_hessian: bool, device: torch.device) -> InputStatistics:
+    def empty(inputs: int, with_hessian: bool, device: torch.device, with_histogram: bool = False) -> InputStatistics:
         """Statistics of no rows at all."""
         return InputStatistics(
             low=torch.full((inputs,), torch.inf, device=device),
@@ -42,6 +47,7 @@ class InputStatistics:
             total=torch.zeros(inputs, dtype=torch.float64, device=device),
             hessian=torch.zeros(inputs, inputs, device=device) if with_hessian else None,
             sample=torch.empty(0, inputs, device=device),
+            histogram=Histogram() if with_histogram else None,
         )
 
     def add(self, x: Tensor) -> None:
@@ -52,6 +58,8 @@ class InputStatistics:
         self.total += x.sum(0, dtype=torch.float64)
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
+        if self.histogram is not None:
+            self.histogram.add(x)
         picked = torch.linspace(0, len(x) - 1, min(self.share, len(x)), device=x.device).round().long()
         self.sample = torch.cat([self.sample, x[picked]])
         if len(self.sample) > SAMPLE_ROWS:
@@ -62,6 +70,7 @@ class InputStatistics:
         """Account for inputs that are from now on multiplied by `factor` [K] > 0."""
         self.low, self.high, self.sample = self.low * factor, self.high * factor, self.sample * factor
         self.total *= factor
+        self.histogram = None
         if self.hessian is not None:
             self.hessian *= factor * factor[:, None]
 
@@ -79,6 +88,7 @@ class InputStatistics:
         """
         self.low, self.high, self.sample = self.low - offset, self.high - offset, self.sample - offset
         exact = offset.double()
+        self.histogram = None
         if self.hessian is not None:
             # c tᵀ + t cᵀ − n c cᵀ = u + uᵀ with u = c (t − n c / 2)ᵀ
             taken = torch.outer(exact, self.total - self.rows / 2 * exact)
@@ -94,6 +104,7 @@ class InputStatistics:
         if self.rows:
             self.low, self.high = self.sample.amin(0), self.sample.amax(0)
         self.total = rotation @ self.total
+        self.histogram = None
         if self.hessian is not None:
             self.hessian = (rotation @ self.hessian.double() @ rotation.T).float()
 
@@ -127,28 +138,41 @@ class Recorder:
     Args:
         layers: name → module with `in_features`.
         with_hessian: also gather Σ x xᵀ.
+        with_histogram: also count the values.
     """
 
     layers: Mapping[str, nn.Linear]
     with_hessian: bool
+    with_histogram: bool = False
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, InputStatistics]]:
         """Hooks are in place inside the `with` block, and removed at its end whatever happens."""
-        handles = []
-        try:
-            for name, layer in self.layers.items():
-                entry = InputStatistics.empty(layer.in_features, self.with_hessian, layer.weight.device)
-                self.statistics[name] = entry
-                handles.append(layer.register_forward_pre_hook(_adding_to(entry)))
+        for name, layer in self.layers.items():
+            self.statistics[name] = InputStatistics.empty(
+                layer.in_features, self.with_hessian, layer.weight.device, self.with_histogram
+            )
+        with listening(self.layers, self.statistics):
             yield self.statistics
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _adding_to(entry: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+@contextmanager
+def listening(
+    layers: Mapping[str, nn.Module], entries: Mapping[str, InputStatistics] | Mapping[str, Histogram]
+) -> Iterator[None]:
+    """Inside the `with` block, what each layer reads is added to its entry."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(_adding_to(entries[name])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding_to(entry: InputStatistics | Histogram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         entry.add(args[0])
 

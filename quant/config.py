@@ -34,6 +34,7 @@ AUTO: Final = "auto"
 Alpha = float | Literal["auto"]
 Rank = int | Literal["auto"]
 Number = TypeVar("Number", int, float)
+USUAL_PERCENTILE = 99.99
 WEIGHT_ONLY_INT4_GROUPS = (-1, 16, 32, 64, 128, 256)
 
 
@@ -226,6 +227,34 @@ class InputsConfig(_Section):
     dtype: Literal["sint8", "uint8"] = "sint8"
     granularity: Literal["per_tensor", "per_token"] = "per_tensor"
     mode: Literal["static", "dynamic"] = "static"
+    calibrator: Literal["output", "max", "percentile", "mse", "entropy"] = "output"
+    """How static scales are found: "output" looks at the layer's output, the others at its inputs alone."""
+    percentile: float | None = Field(
+        default=None, gt=50, le=100, description="percent of all inputs that are not clipped, 99.99 unless given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_percentile(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("calibrator") == "percentile" and values.get("percentile") is None:
+            return values | {"percentile": USUAL_PERCENTILE}
+        return values
+
+    @model_validator(mode="after")
+    def _calibrator_fits(self) -> InputsConfig:
+        if self.calibrator != "output" and self.mode == "dynamic":
+            raise impossible(
+                f"{self.calibrator} needs mode: static, for dynamic scales come from each input itself",
+                key="calibrator",
+            )
+        if self.percentile is not None and self.calibrator != "percentile":
+            raise impossible(f"needs calibrator: percentile, not {self.calibrator}", key="percentile")
+        return self
+
+    @property
+    def reads_histogram(self) -> bool:
+        """The calibrator looks at how often inputs of which size are seen."""
+        return self.calibrator in ("percentile", "mse", "entropy")
 
     @model_validator(mode="after")
     def _mode_fits(self) -> InputsConfig:
@@ -375,6 +404,13 @@ class Recipe(_Section):
     def auto_rank(self) -> bool:
         """The ranks of low-rank branches are chosen together."""
         return self.wgts.low_rank is not None and self.wgts.low_rank.rank == AUTO
+
+    @property
+    def needs_histograms(self) -> bool:
+        """Static scales come from histograms; or from largest inputs, of which a rotation leaves those of a sample."""
+        if self.ipts is None:
+            return False
+        return self.ipts.reads_histogram or (self.ipts.calibrator == "max" and self.rotation.enabled)
 
     @property
     def needs_calibration(self) -> bool:

@@ -1,6 +1,7 @@
 """INT8 grids of layer inputs (activations), static or dynamic.
 
-static   scale and zero-point are constants, found on calibration data by the same clipping search as for weights
+static   scale and zero-point are constants, found on calibration data: by the same clipping search as for weights, or
+         by one of the calibrators that look at values alone (`samq.quant.calibrators`)
 dynamic  scale = max|x| / 127 over each token, or over the whole tensor, computed while running (symmetric only)
 """
 
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samq.calib.histogram import Histogram
 from samq.calib.statistics import InputStatistics
+from samq.quant.calibrators import Range, entropy_range, mse_range, percentile_range, whole_range
 from samq.quant.config import InputsConfig
 from samq.quant.scales import as_fp16
 
@@ -63,7 +66,8 @@ def input_grid(asked: InputsConfig | None, weight: Tensor, statistics: InputStat
     Args:
         asked: the format, None for float inputs.
         weight: [N, K] of the layer.
-        statistics: of its inputs; may be None where they stay float or scales are dynamic.
+        statistics: of its inputs; may be None where they stay float or scales are dynamic. For a calibrator that asks
+            for a histogram but finds none, the sample stands for all inputs, as it does while smoothing is searched.
     """
     if asked is None:
         return None
@@ -72,8 +76,28 @@ def input_grid(asked: InputsConfig | None, weight: Tensor, statistics: InputStat
     assert statistics is not None
     if statistics.rows == 0:
         return InputGrid(asked.dtype, asked.granularity, scale=1.0)
-    importance = weight.square().sum(0)
-    return static_grid(asked.dtype, statistics.low, statistics.high, statistics.sample, importance)
+    if asked.calibrator == "output":
+        importance = weight.square().sum(0)
+        return static_grid(asked.dtype, statistics.low, statistics.high, statistics.sample, importance)
+    histogram = statistics.histogram
+    if histogram is None and asked.reads_histogram:
+        histogram = Histogram.of(statistics.sample)
+    if histogram is None:
+        histogram = Histogram(low=float(statistics.low.min()), high=float(statistics.high.max()))
+    return grid_of_range(asked.dtype, *calibrated_range(asked, histogram))
+
+
+def calibrated_range(asked: InputsConfig, histogram: Histogram) -> Range:
+    """The range that the calibrator of a static format, other than `output`, gives its grid."""
+    symmetric = asked.dtype == "sint8"  # its scale is that of the farther end
+    if asked.calibrator == "percentile":
+        assert asked.percentile is not None
+        return percentile_range(histogram, asked.percentile, symmetric)
+    if asked.calibrator == "mse":
+        return mse_range(histogram, lambda candidate: step_of(grid_of_range(asked.dtype, *candidate)))
+    if asked.calibrator == "entropy":
+        return entropy_range(histogram, symmetric)
+    return whole_range(histogram)
 
 
 def static_grid(dtype: str, low: Tensor, high: Tensor, sample: Tensor, importance: Tensor) -> InputGrid:
@@ -88,7 +112,7 @@ def static_grid(dtype: str, low: Tensor, high: Tensor, sample: Tensor, importanc
     lowest, highest = float(low.min().clamp(max=0)), float(high.max().clamp(min=0))
     best, least = None, torch.inf
     for ratio in CLIP_RATIOS:
-        grid = _grid_of_range(dtype, lowest * ratio, highest * ratio)
+        grid = grid_of_range(dtype, lowest * ratio, highest * ratio)
         error = float(((grid.fake_quantize(sample) - sample).square() * importance).sum())
         if best is None or error < least:
             best, least = grid, error
@@ -96,7 +120,14 @@ def static_grid(dtype: str, low: Tensor, high: Tensor, sample: Tensor, importanc
     return best
 
 
-def _grid_of_range(dtype: str, low: float, high: float) -> InputGrid:
+def step_of(grid: InputGrid) -> tuple[float, float, float]:
+    """Scale, lowest and highest multiple of it that the grid holds."""
+    assert grid.scale is not None
+    return grid.scale, grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+
+
+def grid_of_range(dtype: str, low: float, high: float) -> InputGrid:
+    """The per-tensor grid whose codes reach from `low` ≤ 0 to `high` ≥ 0, its scale an FP16 number."""
     span = max(-low, high) / 127 if dtype == "sint8" else (high - low) / 255
     scale = float(as_fp16(torch.tensor(span if span > 0 else 1.0)))
     zero_point = 0 if dtype == "sint8" else min(max(round(-low / scale), 0), 255)

@@ -37,6 +37,7 @@ from samq.quant.streams import residual_streams, rotate_stream
 
 RANGE = "range"  # smallest and largest input of each channel, and a sample of inputs
 HESSIAN = "hessian"  # Σ x xᵀ
+HISTOGRAM = "histogram"  # of all values that a layer reads, as its inputs are by then
 
 SMALLEST = torch.finfo(torch.float64).tiny
 WITHOUT_INPUTS = 0.5  # alpha of layers that calibration did not reach, so that there is nothing to search on
@@ -107,7 +108,7 @@ class Pass(ABC):
     """One step from the float model to the quantized one.
 
     Attributes:
-        needs: statistics that must have been gathered, of RANGE and HESSIAN.
+        needs: statistics that must have been gathered, of RANGE, HESSIAN and HISTOGRAM.
         exact: the float model's output is the same afterwards, up to rounding.
     """
 
@@ -271,6 +272,8 @@ class Quantize(Pass):
         static = recipe.ipts is not None and recipe.ipts.mode == "static"
         if static or recipe.wgts.scales.weighted or recipe.wgts.bias_correction:
             needs.add(RANGE)
+        if recipe.needs_histograms:
+            needs.add(HISTOGRAM)
         if any(own.wgts.needs_hessian for own in recipe.variants()):
             needs.add(HESSIAN)
         self.needs = frozenset(needs)

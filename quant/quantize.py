@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.block_walk import BlockWalk
-from samq.calib.calibrate import calibrate
+from samq.calib.calibrate import calibrate, histograms
 from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder, MaskDecoder
 from samq.calib.prompts import clicks, grid
 from samq.calib.spool import CPU_BUDGET, Spool
@@ -20,7 +20,7 @@ from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.quant.folds import Folds
 from samq.quant.layers import LayerCodes
-from samq.quant.passes import HESSIAN, LayerNotes, Pass, Quantize, Work, passes_for
+from samq.quant.passes import HESSIAN, HISTOGRAM, LayerNotes, Pass, Quantize, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan, require_layers
 from samq.quant.sites import linear_at
 
@@ -82,14 +82,17 @@ def quantize(
     work = Work(copy.deepcopy(model), recipe, chosen, {}, tick=tick)
     with_hessian, in_sequence = HESSIAN in needs, recipe.calib.mode == "sequential"
     with Spool(CPU_BUDGET) as pixels:
-        if in_sequence and needs and calibration is not None:
+        if needs and calibration is not None and (in_sequence or HISTOGRAM in needs):
             calibration = _kept(calibration, pixels)
-            work.walk = BlockWalk(work.model, pixels, with_hessian)
+        if needs and calibration is not None and in_sequence:
+            work.walk = BlockWalk(work.model, pixels, with_hessian, HISTOGRAM in needs)
             with_hessian = any(HESSIAN in step.needs for step in passes if not isinstance(step, Quantize))
         for step in passes:
             looks = step.needs or not step.exact  # what changes nothing and asks for nothing comes before calibration
             if needs and looks and not work.statistics and calibration is not None:
-                work.statistics = _gather(work, calibration, with_hessian)
+                work.statistics = _gather(work, calibration, with_hessian, HISTOGRAM in step.needs)
+            if HISTOGRAM in step.needs and work.walk is None:
+                _count_again(work, pixels)
             _run(step, work)
     decided = [work.plans.get(plan.name, plan) for plan in plans]
     return Quantized(work.model, work.codes, decided, work.notes, work.folds)
@@ -102,10 +105,26 @@ def _kept(batches: Iterable[Tensor], pixels: Spool) -> Iterator[Tensor]:
         yield batch
 
 
-def _gather(work: Work, calibration: Iterable[Tensor], with_hessian: bool) -> dict[str, InputStatistics]:
+def _gather(
+    work: Work, calibration: Iterable[Tensor], with_hessian: bool, with_histogram: bool
+) -> dict[str, InputStatistics]:
+    layers, with_decoder = _observed(work)
+    return calibrate(work.model, layers, calibration, with_hessian, with_decoder, work.tick, with_histogram)
+
+
+def _count_again(work: Work, pixels: Iterable[Tensor]) -> None:
+    """Run the images once more where what was folded since they first ran has made histograms invalid."""
+    if all(entry.histogram is not None for entry in work.statistics.values()):
+        return
+    layers, with_decoder = _observed(work)
+    for name, histogram in histograms(work.model, layers, pixels, with_decoder).items():
+        work.statistics[name].histogram = histogram
+
+
+def _observed(work: Work) -> tuple[dict[str, nn.Linear], bool]:
+    """The layers to be quantized, and whether one of them is the decoder's."""
     layers = {name: linear_at(work.model, name) for name in work.plans}
-    with_decoder = any(plan.part == MASK_DECODER for plan in work.plans.values())
-    return calibrate(work.model, layers, calibration, with_hessian, with_decoder, work.tick)
+    return layers, any(plan.part == MASK_DECODER for plan in work.plans.values())
 
 
 def _run(step: Pass, work: Work) -> None:

@@ -11,7 +11,7 @@ from small_model import pixels
 from torch import Tensor, nn
 from transformers import Sam2Model
 
-from samq.calib.calibrate import GRID_PER_SIDE, calibrate
+from samq.calib.calibrate import GRID_PER_SIDE, calibrate, histograms
 from samq.calib.parts import IMAGE_ENCODER, ImageEncoder, part_of
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput
@@ -108,9 +108,31 @@ def test_a_batch_is_as_good_as_its_images(small_model: Sam2Model) -> None:
         torch.testing.assert_close(together[name].hessian, apart[name].hessian, rtol=1e-3, atol=1e-2)
 
 
+def test_histograms_alone_are_those_beside_other_statistics(small_model: Sam2Model) -> None:
+    layers, batches = linear_layers(small_model, decoder=True), [pixels(1), pixels(2, 1)]
+    alone = histograms(small_model, layers, iter(batches), with_decoder=True)
+    beside = calibrate(small_model, layers, batches, False, True, with_histogram=True)
+    assert alone.keys() == beside.keys() == layers.keys()
+    for name, found in alone.items():
+        histogram = beside[name].histogram
+        assert histogram is not None
+        assert torch.equal(found.counts, histogram.counts), name
+        assert int(found.counts.sum()) == beside[name].rows * layers[name].in_features
+        assert (found.low, found.high) == (float(beside[name].low.min()), float(beside[name].high.max()))
+
+
 def test_no_image(small_model: Sam2Model) -> None:
     with pytest.raises(BadInput, match="no image"):
         gathered(small_model, [])
+    with pytest.raises(BadInput, match="no image"):
+        histograms(small_model, {}, [], with_decoder=False)
+
+
+def test_histograms_of_values_that_are_not_finite(small_model: Sam2Model) -> None:
+    broken = pixels(1)
+    broken[0, 0, 0, 0] = torch.nan
+    with pytest.raises(BadInput, match="not finite"):
+        histograms(small_model, linear_layers(small_model, decoder=False), [broken], with_decoder=False)
 
 
 @pytest.mark.parametrize("decoder", [True, False])

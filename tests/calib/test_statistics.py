@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from samq.calib.histogram import Histogram
 from samq.calib.statistics import SAMPLE_ROWS, InputStatistics, Recorder
 
 CPU = torch.device("cpu")
@@ -138,6 +141,26 @@ def test_an_overflow_of_the_hessian_shows() -> None:
     entry.add(torch.full((2, 6), 1e20))
     assert torch.isfinite(entry.high).all()
     assert not entry.is_finite()
+
+
+def test_a_histogram_counts_all_values_and_goes_with_any_change_of_the_inputs() -> None:
+    seen = batches(200, 300)
+    changes: list[Callable[[InputStatistics], object]] = [
+        lambda entry: entry.rescale(torch.full((6,), 2.0)),
+        lambda entry: entry.shift(torch.ones(6)),
+        lambda entry: entry.rotate(torch.eye(6, dtype=torch.float64)),
+    ]
+    for change in changes:
+        entry = InputStatistics.empty(6, False, CPU, with_histogram=True)
+        for x in seen:
+            entry.add(x)
+        assert entry.histogram is not None
+        assert torch.equal(entry.histogram.counts, Histogram.of(torch.cat(seen)).counts)
+        assert entry.rescaled(torch.ones(6)).histogram is None
+        assert entry.histogram is not None, "the copy lost it, not the entry"
+        change(entry)
+        assert entry.histogram is None
+    assert InputStatistics.empty(6, True, CPU).histogram is None
 
 
 def test_no_row_is_no_error() -> None:

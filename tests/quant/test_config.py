@@ -96,7 +96,12 @@ def test_defaults_and_shorthands() -> None:
         wgts=WeightsConfig(dtype="sint4", kernel_gptq=GptqConfig(), low_rank=LowRankConfig(max_overhead=None)),
         smooth=SmoothConfig(alpha=1.0),
     )
-    assert load(SINT4 + "ipts: {}\n").ipts == InputsConfig(dtype="sint8", granularity="per_tensor", mode="static")
+    assert load(SINT4 + "ipts: {}\n").ipts == InputsConfig(
+        dtype="sint8", granularity="per_tensor", mode="static", calibrator="output", percentile=None
+    )
+    for usual in ("", ", percentile: null"):
+        percentile = load(SINT4 + f"ipts: {{calibrator: percentile{usual}}}\n").ipts
+        assert percentile == InputsConfig(calibrator="percentile", percentile=99.99)
 
 
 def test_to_yaml_has_every_key() -> None:
@@ -153,7 +158,10 @@ recipes = st.builds(
         | st.builds(LowRankConfig, max_overhead=st.none() | fractions)
         | st.builds(LowRankConfig, rank=st.just("auto"), weighting=st.sampled_from(["diagonal", "full"])),
     ),
-    ipts=st.none() | st.builds(InputsConfig, dtype=st.just("sint8"), mode=st.just("dynamic")),
+    ipts=st.none()
+    | st.builds(InputsConfig, dtype=st.just("sint8"), mode=st.just("dynamic"))
+    | st.builds(InputsConfig, calibrator=st.sampled_from(["max", "percentile", "mse", "entropy"]))
+    | st.builds(InputsConfig, calibrator=st.just("percentile"), percentile=st.floats(51, 100)),
     shift=st.builds(ShiftConfig, enabled=st.booleans()),
     smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto")),
     rotation=st.builds(RotationConfig, enabled=st.just(True), residual=st.booleans()) | st.just(RotationConfig()),
@@ -395,6 +403,33 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             SINT4 + "ipts:\n  dtype: uint8\n  mode: dynamic\n",
             4,
             "ipts.dtype: uint8 needs mode: static, for dynamic scales are symmetric; use sint8",
+        ),
+        (
+            SINT4 + "ipts:\n  mode: dynamic\n  calibrator: entropy\n",
+            5,
+            "ipts.calibrator: entropy needs mode: static, for dynamic scales come from each input itself",
+        ),
+        (
+            SINT4 + "ipts:\n  mode: dynamic\n  calibrator: max\n",
+            5,
+            "ipts.calibrator: max needs mode: static, for dynamic scales come from each input itself",
+        ),
+        (
+            SINT4 + "ipts:\n  calibrator: mse\n  percentile: 99.9\n",
+            5,
+            "ipts.percentile: needs calibrator: percentile, not mse",
+        ),
+        (SINT4 + "ipts:\n  percentile: 99.9\n", 4, "ipts.percentile: needs calibrator: percentile, not output"),
+        (
+            SINT4 + "ipts: {calibrator: percentile, percentile: 0.9999}\n",
+            3,
+            "ipts.percentile must be more than 50, not 0.9999 "
+            "(percent of all inputs that are not clipped, 99.99 unless given)",
+        ),
+        (
+            SINT4 + "ipts: {calibrator: minmax}\n",
+            3,
+            "ipts.calibrator: 'minmax' is not one of output, max, percentile, mse, entropy",
         ),
         (
             SINT4 + "  scales: {method: max, weighted: true}\n",

@@ -66,7 +66,7 @@ def quantized(model: Sam2Model, recipe: Recipe, statistics: InputStatistics | No
     ("preset", "kinds", "needs"),
     [
         ("int4_w4a8", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
-        ("int4_svdquant", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
+        ("int4_svdquant", [Shift, Smooth, ChooseRanks, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int4_w4a8_rtn", [Quantize, RoundRest], {RANGE}),
         ("int4_w4only", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int4_w4only_rtn", [Quantize, RoundRest], set()),
@@ -77,7 +77,7 @@ def test_passes_of_presets(preset: str, kinds: list[type], needs: set[str]) -> N
     passes = passes_for(recipe_of(preset))
     assert [type(step) for step in passes] == kinds
     assert frozenset().union(*(step.needs for step in passes)) == needs
-    assert [step.exact for step in passes] == [kind in (Shift, Smooth) for kind in kinds]
+    assert [step.exact for step in passes] == [kind in (Shift, Smooth, ChooseRanks) for kind in kinds]
 
 
 @pytest.mark.parametrize("preset", preset_names())
