@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,6 +29,9 @@ LARGEST = {  # of a TensorRT plan's dynamic sides: as in samq.engines.tensorrt_p
 }
 DEFAULT_CONFIG = "int4_svdquant"
 INTERRUPTED, BUG = 130, 1
+PATIENT = ("OMP_WAIT_POLICY", "PASSIVE")
+"""PyTorch's threads sleep while they wait for each other. By default they spin, and where other processes want the same
+cores each of its many short steps then waits for a thread that is not running."""
 
 _answers: ContextVar[TextIO] = ContextVar("answers", default=sys.stdout)  # where --json's object goes
 
@@ -227,6 +231,7 @@ def cli() -> None:
     The whole job:    samq-export run --model-path DIR --calib-data PHOTOS --output-dir OUT
     On the demo:      samq-export demo --output-dir out/demo
     Stage by stage:   quantize, export, build, validate, each going on from OUT
+    Speed here:       samq-export bench --output-dir OUT, in turns with the baseline
     INT8 or FP16:     samq-export place --output-dir OUT, measured on this GPU
     Bits by layer:    samq-export search --model-path DIR --calib-data PHOTOS --max-bytes N --output-dir OUT
     Several results:  samq-export compare OUT1 OUT2
@@ -324,6 +329,36 @@ def validate(**options: Any) -> None:
 
     eval_data = None if options["eval_data"] is None else absolute(options["eval_data"])
     _go_on(options, "validate", eval_data=eval_data, num_eval_samples=options["num_eval_samples"])
+
+
+@cli.command()
+@click.option(
+    "--threads", type=click.IntRange(1), default=None, help="Of ONNX Runtime on the CPU.  [default: its own choice]"
+)
+@click.option(
+    "--runs", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of each engine and part."
+)
+@_output
+@_talk
+def bench(**options: Any) -> None:
+    """Speed, start and memory of finished engines, in turns with the baseline's.
+
+    \b
+    samq-export bench --output-dir OUT
+    Writes OUT/bench.json. Exit codes: 0 measured; 2 bad usage;
+    5 the engines do not run here; 6 no finished engines.
+    """
+    from samq.tools.bench import as_text
+    from samq.tools.bench import bench as measure
+    from samq.tools.outdir import OutputDir
+    from samq.tools.progress import Reporter
+
+    out = OutputDir.open(options["output_dir"])
+    found = measure(out, Reporter(options["quiet"], _command()), options["threads"] or 0, options["runs"])
+    if options["as_json"]:
+        _print_json(found)
+    elif not options["quiet"]:
+        click.echo(as_text(found))
 
 
 @cli.command()
@@ -708,6 +743,7 @@ def main() -> NoReturn:
 
     With --json, stdout is for the answer alone: what users' data sets and libraries print goes to stderr.
     """
+    os.environ.setdefault(*PATIENT)
     _answers.set(sys.stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext():

@@ -9,6 +9,7 @@ report/             report.json, prompts.json and examples/, and made of them: r
 triton/             model repository, from `samq-export triton`
 search/             what `samq-export search` measured, and the configs that it found
 placement.yaml      what `samq-export place` measured
+bench.json          what `samq-export bench` measured
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from samq.files import is_temporary, removed, sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
 PLACEMENT = "placement.yaml"
+BENCH = "bench.json"
 SEARCH = "search"
 OURS = (
     "config.yaml",
@@ -34,6 +36,7 @@ OURS = (
     "triton",
     SEARCH,
     PLACEMENT,
+    BENCH,
     MANIFEST,
 )  # the manifest goes last
 STAGES = ("quantize", "export", "build", "validate")
