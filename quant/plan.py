@@ -19,7 +19,7 @@ from samq.quant.grids import Grid, groups_of
 SMALLEST_WIDTH = 16  # narrower GEMMs gain nothing from INT8 or INT4 in any engine
 GROUP_MULTIPLE = 16
 FP16_BYTES = 2
-RANK_IS_OPEN = "rank chosen when quantizing, all layers together within wgts.low_rank.max_overhead"
+RANK_IS_OPEN = "rank chosen when quantizing (wgts.low_rank.max_overhead)"
 
 _BLOCK = re.compile(r"vision_encoder\.backbone\.blocks\.(\d+)\.")
 

@@ -87,7 +87,8 @@ def test_norms_and_gelus_of_the_encoder_are_fused() -> None:
 
 
 def test_biases_of_layers_with_a_branch_move_behind_it() -> None:
-    model = canonical(recipe_of("int4_svdquant", ipts=None), IMAGE_ENCODER)
+    low_rank = {"rank": 8, "max_overhead": None}
+    model = canonical(recipe_of("int4_svdquant", ipts=None, wgts={"low_rank": low_rank}), IMAGE_ENCODER)
     branches = sum(node.name is not None and node.name.endswith("/low_rank/Add") for node in model.graph)
     done, _ = fused(model, add_bias_last)
     assert done.count == branches > 10
