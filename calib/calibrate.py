@@ -35,7 +35,7 @@ def calibrate(
         model: a `Sam2Model` in eval mode.
         layers: the layers to observe, by name.
         batches: pixel values [B, 3, S, S]; read once, one batch in memory at a time.
-        with_decoder: also run the decoder, see `_run`.
+        with_decoder: also run the decoder, see `run_images`.
         tick: called once a batch.
 
     Raises:
@@ -43,7 +43,7 @@ def calibrate(
     """
     recorder = Recorder(layers, with_hessian, with_histogram)
     with recorder.recording() as statistics:
-        _run(model, batches, with_decoder, tick)
+        run_images(model, batches, with_decoder, tick)
     require_finite(statistics)
     return statistics
 
@@ -55,12 +55,12 @@ def histograms(
     """Count the values that `layers` read, in one pass; arguments and errors as of `calibrate`."""
     found = {name: Histogram() for name in layers}
     with listening(layers, found):
-        _run(model, batches, with_decoder)
+        run_images(model, batches, with_decoder)
     require_finite(found)
     return found
 
 
-def _run(
+def run_images(
     model: Sam2Model, batches: Iterable[Tensor], with_decoder: bool, tick: Callable[[str], None] = lambda _: None
 ) -> None:
     """Run the encoder and, where it is wanted, the decoder.

@@ -6,6 +6,7 @@ Quantized inputs     x → QuantizeLinear → DequantizeLinear → (MatMul)
 Weight, one level    DequantizeLinear(codes, scale[, zero_point], block) → (MatMul)
 Weight, two levels   DequantizeLinear(codes, group_scale[, zero_point], block)   integers up to ±127
                      → QuantizeLinear(1) → DequantizeLinear(channel_scale)       exactly a per-channel INT8 weight
+Multiplier           x → Mul(p) in front of all that follows
 Low-rank branch      x → MatMul(down) → MatMul(up) → Add to the result; nodes `<layer>/low_rank/…`, role "low_rank"
 
 Weights stand as [K, N], as MatMul reads them. Every node is called `<layer>/…`; the GEMM is `<layer>/MatMul`.
@@ -91,7 +92,8 @@ def store_as_fp16(model: ir.Model, *, rounding: bool) -> ir.Model:
         half = array.astype(np.float16)
         if not rounding and not np.array_equal(half.astype(np.float32), array):
             continue
-        stored = add_initializer(graph, f"{name}_fp16", half)
+        del graph.initializers[name]
+        stored = add_initializer(graph, name, half)
         cast = ir.node("Cast", [stored], {"to": FLOAT}, name=f"{name}/Cast")
         cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
             f"{name}_fp32",
@@ -100,7 +102,6 @@ def store_as_fp16(model: ir.Model, *, rounding: bool) -> ir.Model:
         )
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.insert_before(first, cast)
-        del graph.initializers[name]
     return model
 
 
@@ -113,6 +114,9 @@ def _gemm(writer: Writer, x: ir.Value, weight: ir.Value, bias: Tensor | None, li
 
 
 def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value) -> ir.Value:
+    if layer.multiplier is not None:
+        multiplier = writer.constant(_array(layer.multiplier), "multiplier")
+        x = writer.node("Mul", [x, multiplier], "multiplied", dtype=FLOAT, shape=x.shape)
     inputs = x if layer.inputs is None else _quantized_inputs(writer, x, layer.inputs, layer.weight.codes.shape[1])
     result = _gemm(writer, inputs, _quantized_weight(writer, layer.weight), layer.bias, like)
     return result if layer.branch is None else _branch(writer, x, layer.branch, result)

@@ -319,6 +319,9 @@ class CalibConfig(_Section):
 class Recipe(_Section):
     """Everything that decides the quantized weights, apart from the checkpoint and the images."""
 
+    quantizer: Literal["samq", "modelopt"] = "samq"
+    modelopt: str | None = None
+    """The config that ModelOpt quantizes by, such as INT8_SMOOTHQUANT_CFG; `wgts` and `ipts` have its format."""
     wgts: WeightsConfig
     layers: dict[str, LayerConfig] = {}
     """Pattern of layer names (`*` is any text) → what these layers have; the first pattern that matches decides."""
@@ -327,6 +330,31 @@ class Recipe(_Section):
     smooth: SmoothConfig = SmoothConfig()
     rotation: RotationConfig = RotationConfig()
     calib: CalibConfig = CalibConfig()
+
+    @model_validator(mode="after")
+    def _one_quantizer(self) -> Recipe:
+        if (self.quantizer == "modelopt") != (self.modelopt is not None):
+            raise impossible(
+                "a config's name, such as INT8_SMOOTHQUANT_CFG, goes with quantizer: modelopt, and with it alone",
+                key="modelopt",
+            )
+        if self.quantizer == "samq":
+            return self
+        asked = {
+            "wgts.kernel_gptq": self.wgts.kernel_gptq is not None,
+            "wgts.low_rank": self.wgts.low_rank is not None,
+            "wgts.bias_correction": self.wgts.bias_correction,
+            "wgts.scales": self.wgts.scales != ScalesConfig(),
+            "ipts.calibrator": self.ipts is not None and self.ipts.calibrator != "output",
+            "shift": self.shift.enabled,
+            "smooth": self.smooth.enabled,
+            "rotation": self.rotation.enabled,
+            "calib.mode": self.calib.mode != "one_pass",
+            "layers": any(not rule.stays_float for rule in self.layers.values()),
+        }
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            raise impossible("is samq's own method, and does not go with quantizer: modelopt; leave it out", key=key)
+        return self
 
     @model_validator(mode="after")
     def _runs_on_an_engine(self) -> Recipe:
@@ -418,7 +446,8 @@ class Recipe(_Section):
         static = self.ipts is not None and self.ipts.mode == "static"
         changes_basis = self.shift.enabled or self.smooth.enabled
         weighs = self.wgts.scales.weighted or self.wgts.bias_correction
-        return static or changes_basis or weighs or any(variant.wgts.needs_hessian for variant in self.variants())
+        looks = static or changes_basis or weighs or self.quantizer == "modelopt"
+        return looks or any(variant.wgts.needs_hessian for variant in self.variants())
 
     def to_yaml(self) -> str:
         """Every key, defaults too, in the order of the models; `load_recipe` reads it back equal."""

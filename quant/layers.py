@@ -17,33 +17,40 @@ class LayerCodes:
     """All that one quantized layer stores.
 
     Args:
-        weight: codes and scales of W, or of the residual W − up·down when there is a branch.
+        weight: codes and scales of W, of W diag(p)⁻¹ when there is a multiplier p, or of the residual W − up·down when
+            there is a branch.
         inputs: grid of the activations, None for float activations.
         branch: low-rank branch on the unquantized activations, or None.
         bias: [N] float32, or None.
+        multiplier: p [K] float32, by which the inputs are multiplied before anything else, where nothing before the
+            layer could absorb it; or None.
     """
 
     weight: QuantizedWeight
     inputs: InputGrid | None
     branch: LowRank | None
     bias: Tensor | None
+    multiplier: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
-        """Dequantized weight plus the branch, [N, K]."""
+        """Dequantized weight plus the branch, times the multiplier, [N, K]."""
         dequantized = self.weight.dequantize()
-        return dequantized if self.branch is None else dequantized + self.branch.product()
+        whole = dequantized if self.branch is None else dequantized + self.branch.product()
+        return whole if self.multiplier is None else whole * self.multiplier
 
     def stored_bytes(self) -> int:
-        """Bytes of weight and branch; the bias is the same before and after and does not count."""
-        return self.weight.stored_bytes() + (0 if self.branch is None else self.branch.stored_bytes())
+        """Bytes of weight, branch and multiplier; the bias is the same before and after and does not count."""
+        branch = 0 if self.branch is None else self.branch.stored_bytes()
+        return self.weight.stored_bytes() + branch + (0 if self.multiplier is None else self.multiplier.nbytes)
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q(x) Ŵᵀ + (x downᵀ) upᵀ + b, in floating point (SVDQuant, arXiv 2411.05007, eq. 5)."""
+    """y = Q(x) Ŵᵀ + (x downᵀ) upᵀ + b, in floating point (SVDQuant, arXiv 2411.05007, eq. 5); a p makes x to x · p."""
 
     weight: Tensor
     down: Tensor
     up: Tensor
+    multiplier: Tensor
 
     def __init__(self, codes: LayerCodes) -> None:
         super().__init__()
@@ -53,10 +60,14 @@ class QuantizedLinear(nn.Module):
         if codes.branch is not None:
             self.register_buffer("down", codes.branch.down, persistent=False)
             self.register_buffer("up", codes.branch.up, persistent=False)
+        if codes.multiplier is not None:
+            self.register_buffer("multiplier", codes.multiplier, persistent=False)
         self.bias = None if codes.bias is None else nn.Parameter(codes.bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
+        if self.codes.multiplier is not None:
+            x = x * self.multiplier
         grid = self.codes.inputs
         y = F.linear(x if grid is None else grid.fake_quantize(x), self.weight, self.bias)
         return y if self.codes.branch is None else y + F.linear(F.linear(x, self.down), self.up)

@@ -7,7 +7,7 @@ A pass declares the statistics that it needs and whether it leaves the float mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Sam2Model
 
 from samq.calib.block_walk import BlockWalk
+from samq.calib.parts import MASK_DECODER
 from samq.calib.statistics import InputStatistics
 from samq.quant.config import AUTO, Alpha, Recipe
 from samq.quant.folds import Folds
@@ -24,6 +25,7 @@ from samq.quant.grids import round_to_grid
 from samq.quant.inputs import input_grid
 from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
 from samq.quant.low_rank import energies
+from samq.quant.modelopt_quantizer import Decided, config_for, decide, shared_multiplier, version
 from samq.quant.plan import LayerPlan, branch_allowance, grid_of, with_rank
 from samq.quant.ranks import Candidate, share_out
 from samq.quant.rotate import rotate_values
@@ -37,6 +39,7 @@ from samq.quant.streams import residual_streams, rotate_stream
 
 RANGE = "range"  # smallest and largest input of each channel, and a sample of inputs
 HESSIAN = "hessian"  # Σ x xᵀ
+IMAGES = "images"  # the calibration images themselves
 HISTOGRAM = "histogram"  # of all values that a layer reads, as its inputs are by then
 
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -77,6 +80,7 @@ class Work:
         codes: results by layer name.
         notes: remarks by layer name.
         folds: the exact changes of basis so far.
+        images: pixel values [B, 3, S, S], for passes that need IMAGES.
         walk: through the encoder, where blocks are to be calibrated behind the quantized ones before them.
         tick: called with a layer's name when it is done.
     """
@@ -88,6 +92,7 @@ class Work:
     codes: dict[str, LayerCodes] = field(default_factory=dict)
     notes: dict[str, LayerNotes] = field(default_factory=dict)
     folds: Folds = field(default_factory=Folds)
+    images: Iterable[Tensor] = ()
     walk: BlockWalk | None = None
     tick: Tick = lambda _: None
 
@@ -108,7 +113,7 @@ class Pass(ABC):
     """One step from the float model to the quantized one.
 
     Attributes:
-        needs: statistics that must have been gathered, of RANGE, HESSIAN and HISTOGRAM.
+        needs: statistics that must have been gathered, of RANGE, HESSIAN and HISTOGRAM, or IMAGES.
         exact: the float model's output is the same afterwards, up to rounding.
     """
 
@@ -357,6 +362,60 @@ class Quantize(Pass):
         work.tick(name)
 
 
+class ModelOpt(Pass):
+    """Let NVIDIA ModelOpt quantize, and take its codes and scales over (`samq.quant.modelopt_quantizer`)."""
+
+    needs = frozenset({IMAGES})
+    exact = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        config_for(recipe)  # which complains before images are read
+
+    @torch.no_grad()
+    def apply(self, work: Work) -> list[str]:
+        """Fold the multipliers that something absorbs, and put the simulation of every planned layer into the model."""
+        with_decoder = any(plan.part == MASK_DECODER for plan in work.plans.values())
+        decided = decide(work.model, work.recipe, work.plans, work.images, with_decoder)
+        rows = {name: torch.ones_like(one.scale[:, :1]) for name, one in decided.items()}
+        absorbed = self._fold(work, decided, rows)
+        for name, one in decided.items():
+            float_bias, notes = linear_at(work.model, name).bias, work.note(name)
+            bias = None if float_bias is None else float_bias.detach().float()
+            weight = one.weight(work.plans[name], work.recipe, rows[name])
+            multiplier = None if name in absorbed else one.multiplier
+            codes = LayerCodes(weight, one.inputs, None, bias, multiplier)
+            work.codes[name] = codes
+            notes.remark(f"quantized by {work.recipe.modelopt} of ModelOpt {version()}")
+            if multiplier is not None:
+                notes.remark("inputs multiplied by ModelOpt's pre_quant_scale, which nothing before this layer absorbs")
+            replace_module(work.model, name, QuantizedLinear(codes))
+            work.tick(name)
+        return list(work.plans)
+
+    @staticmethod
+    def _fold(work: Work, decided: dict[str, Decided], rows: dict[str, Tensor]) -> set[str]:
+        """Fold each site's one multiplier; rows of quantized sources are noted in `rows`, for their codes stay.
+
+        Returns:
+            the layers whose multipliers are folded.
+        """
+        absorbed: set[str] = set()
+        for site in work.sites():
+            readers = work.readers(site)
+            multiplier = shared_multiplier(decided[name] for name in readers)
+            if multiplier is None:
+                continue
+            factors = 1 / multiplier
+            fold_scale(work.model, site, factors)
+            work.folds.scales[site.source] = factors
+            if site.source in rows:
+                rows[site.source][slice(*site.rows)] *= factors[:, None]
+            for name in readers:
+                work.note(name).remark(f"ModelOpt's pre_quant_scale folded into {site.source}")
+            absorbed.update(readers)
+        return absorbed
+
+
 class RoundRest(Pass):
     """Round the weights that stay float to FP16, as they are stored and as every GPU engine runs them.
 
@@ -385,6 +444,8 @@ def passes_for(recipe: Recipe) -> list[Pass]:
     mixes them. The other way round one outlier would be in all channels of a head, where no scale reaches it. A
     residual stream is rotated first of all, as that takes the gains of its LayerNorms away, and scales with them.
     """
+    if recipe.quantizer == "modelopt":
+        return [ModelOpt(recipe), RoundRest()]
     passes: list[Pass] = []
     if recipe.rotation.residual:
         passes.append(RotateStreams())

@@ -20,7 +20,7 @@ from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe
 from samq.quant.folds import Folds
 from samq.quant.layers import LayerCodes
-from samq.quant.passes import HESSIAN, HISTOGRAM, LayerNotes, Pass, Quantize, Work, passes_for
+from samq.quant.passes import HESSIAN, HISTOGRAM, IMAGES, LayerNotes, Pass, Quantize, Work, passes_for
 from samq.quant.plan import LayerPlan, make_plan, require_layers
 from samq.quant.sites import linear_at
 
@@ -62,7 +62,8 @@ def quantize(
         calibration: pixel values [B, 3, S, S], read once; may be None for a recipe that needs no images.
         parts: the parts whose layers are quantized.
         tick: called with "calibrate" after each batch and with a layer's name after each layer.
-        measure: gather Hessians even when no pass needs them, so that every layer's output error is known.
+        measure: gather Hessians even when no pass needs them, so that every layer's output error is known;
+            ModelOpt's layers tell none.
 
     Raises:
         UsageError: the recipe needs calibration images and there are none, or a pass matched no layer.
@@ -82,6 +83,11 @@ def quantize(
     work = Work(copy.deepcopy(model), recipe, chosen, {}, tick=tick)
     with_hessian, in_sequence = HESSIAN in needs, recipe.calib.mode == "sequential"
     with Spool(CPU_BUDGET) as pixels:
+        if IMAGES in needs and calibration is not None:
+            for batch in calibration:
+                pixels.append(batch)
+                tick("calibrate")
+            work.images, calibration = pixels, None
         if needs and calibration is not None and (in_sequence or HISTOGRAM in needs):
             calibration = _kept(calibration, pixels)
         if needs and calibration is not None and in_sequence:

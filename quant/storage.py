@@ -6,6 +6,7 @@ quantized.safetensors holds, for each quantized layer,
     <layer>.channel_scale   [N] FP16 (two levels only)
     <layer>.zero_point      like the codes (unsigned grids only)
     <layer>.down, .up       FP16 factors of the low-rank branch
+    <layer>.multiplier      [K] float32, where the inputs are multiplied by it first
     <layer>.bias            float32
 and every other tensor of the model under its own name, in FP16 where that is exact and in float32 otherwise. What is
 no tensor (shapes, grids, the inputs' scales) is JSON in the file's metadata, under one key, the format's name: with
@@ -121,6 +122,8 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         stored["zero_point"] = pack_int4(zero_point) if four_bit else zero_point
     if layer.branch is not None:
         stored |= {"down": layer.branch.down.half(), "up": layer.branch.up.half()}
+    if layer.multiplier is not None:
+        stored["multiplier"] = layer.multiplier
     if layer.bias is not None:
         stored["bias"] = layer.bias
     return stored, {
@@ -129,6 +132,7 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "group_size": scales.group_size,
         "inputs": None if layer.inputs is None else asdict(layer.inputs),
         "branch": layer.branch is not None,
+        "multiplier": layer.multiplier is not None,
         "bias": layer.bias is not None,
     }
 
@@ -150,9 +154,14 @@ def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) 
     if description["branch"]:
         branch = LowRank(tensors.pop(f"{name}.down").float(), tensors.pop(f"{name}.up").float())
     inputs = description["inputs"]
+    multiplier = tensors.pop(f"{name}.multiplier") if description.get("multiplier") else None
     bias = tensors.pop(f"{name}.bias") if description["bias"] else None
     return LayerCodes(
-        QuantizedWeight(codes, scales, grid), None if inputs is None else InputGrid(**inputs), branch, bias
+        QuantizedWeight(codes, scales, grid),
+        None if inputs is None else InputGrid(**inputs),
+        branch,
+        bias,
+        multiplier,
     )
 
 

@@ -76,6 +76,8 @@ def check_candidates(candidates: Sequence[str], base: Recipe) -> None:
     Raises:
         UsageError: a candidate does not exist or does not go with the config, or there is nothing to choose.
     """
+    if base.quantizer != "samq":
+        raise UsageError(f"a search tries samq's own forms, which quantizer: {base.quantizer} has not; use a preset")
     if base.layers:
         raise UsageError("the config has `layers` already, which is what a search decides; remove them")
     for candidate in candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,17 @@ def codes(
     sizes: tuple[int, int] = (80, 24),
     rank: int = 0,
     bias: bool = True,
+    multiplied: bool = False,
 ) -> LayerCodes:
-    """A random layer of `sizes` (K, N)."""
+    """A random layer of `sizes` (K, N), with a multiplier where asked for."""
     generator = torch.Generator().manual_seed(bits + 10 * group)
     weight = torch.randn(*sizes[::-1], generator=generator) * torch.logspace(-2, 1, sizes[1])[:, None]
     branch = truncated_svd(weight, rank) if rank else None
     rest = weight if branch is None else weight - branch.product()
     grid = Grid(bits, signed, two_level=bits == 4 and inputs is not None)
     rounded = round_to_grid(rest, choose_scales(rest, grid, group or sizes[0]), grid)
-    return LayerCodes(rounded, inputs, branch, torch.randn(sizes[1], generator=generator) if bias else None)
+    shift = torch.randn(sizes[1], generator=generator) if bias else None
+    return LayerCodes(rounded, inputs, branch, shift, torch.logspace(-1, 1, sizes[0]) if multiplied else None)
 
 
 def tokens(width: int = 80) -> NDArray[np.float32]:
@@ -104,6 +107,15 @@ def test_a_layer_with_a_branch_computes_what_torch_simulates(bias: bool) -> None
     layer = codes(4, True, 16, STATIC_S8, rank=8, bias=bias)
     found = as_written(filled(layer), {"x": tokens()})[0]
     assert largest_error(found, simulated(layer, tokens())) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [None, STATIC_S8, PER_TENSOR, PER_TOKEN])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_layer_with_a_multiplier_computes_what_torch_simulates(inputs: InputGrid | None, rank: int) -> None:
+    layer = codes(4, True, 16, inputs, rank=rank, multiplied=True)
+    found = as_written(filled(layer), {"x": tokens()})[0]
+    assert largest_error(found, simulated(layer, tokens())) < 1e-5
+    assert largest_error(found, simulated(replace(layer, multiplier=None), tokens())) > 0.1
 
 
 def test_the_onnx_reference_evaluator_agrees() -> None:

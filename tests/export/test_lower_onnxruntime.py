@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from exported import canonical, float_model, largest_error, one_layer, quantized
+from exported import canonical, float_model, largest_error, one_layer, quantized, skeleton
 from numpy.typing import NDArray
 from small_model import pixels, recipe_of, relative
 from test_linear import (
     INT8_INPUTS,
     OTHER_FORMATS,
     PER_TENSOR,
+    PER_TOKEN,
     STATIC_S8,
     STATIC_U8,
     WEIGHTS_ONLY,
@@ -31,10 +34,10 @@ from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
 from samq.export.graph import constant_of
 from samq.export.linear import fill_sites
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
-from samq.export.parts import save_part
+from samq.export.parts import quantized_part, save_part
 from samq.quant.config import Recipe, preset_names
 from samq.quant.inputs import InputGrid
-from samq.quant.layers import LayerCodes
+from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
 from samq.tools.targets import requested_compute
 
 
@@ -75,6 +78,13 @@ def test_a_layer_with_int8_inputs_computes_what_torch_simulates(
 @pytest.mark.parametrize("bias", [True, False])
 def test_bias_and_branch_survive(inputs: InputGrid | None, rank: int, bias: bool, tmp_path: Path) -> None:
     layer = codes(4, True, 16, inputs, rank=rank, bias=bias)
+    assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens())) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [None, STATIC_S8, PER_TENSOR, PER_TOKEN])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_multiplier_stands_in_front_of_everything(inputs: InputGrid | None, rank: int, tmp_path: Path) -> None:
+    layer = codes(4, True, 16, inputs, rank=rank, multiplied=True)
     assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens())) < 1e-5
 
 
@@ -161,6 +171,23 @@ def test_a_whole_encoder_computes_what_torch_simulates(name: str, tmp_path: Path
     executed = executed_layers(tmp_path / "lowered.onnx")
     layers = [layer for layer in quantized(recipe).codes if layer.startswith("vision_encoder.")]
     assert {executed[layer].compute for layer in layers} == {requested_compute(recipe)}
+
+
+def test_a_whole_encoder_with_multipliers_computes_what_torch_simulates(tmp_path: Path) -> None:
+    """In front of every layer, so that every rewrite meets one."""
+    recipe, image = recipe_of("int4_w4only_rtn"), pixels(1, seed=3)
+    result = quantized(recipe)
+    model, multiplied = copy.deepcopy(result.model), {}
+    for name, layer in result.codes.items():
+        multiplied[name] = replace(layer, multiplier=torch.linspace(0.9, 1.1, layer.weight.codes.shape[1]))
+        replace_module(model, name, QuantizedLinear(multiplied[name]))
+    engine = engine_of(quantized_part(skeleton(IMAGE_ENCODER), model, multiplied), tmp_path)
+    found = engine.run({"pixel_values": image.numpy()})
+    with torch.no_grad():
+        expected, without = ImageEncoder(model)(image), ImageEncoder(result.model)(image)
+    for output, exact, other in zip(engine.outputs, expected, without, strict=True):
+        assert relative(torch.from_numpy(found[output]) - exact, exact) < 1e-5
+        assert relative(other - exact, exact) > 1e-2
 
 
 PARTS_OF_ENCODER = {

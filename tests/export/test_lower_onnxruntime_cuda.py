@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,6 +78,13 @@ def test_a_layer_with_int8_inputs_keeps_its_weights(
 def test_bias_and_branch_survive(rank: int, bias: bool, weights: Weights, tmp_path: Path) -> None:
     layer = codes(4, True, 16, STATIC_S8, rank=rank, bias=bias)
     assert largest_error(answer_of(layer, tmp_path, weights), simulated(without_grid(layer), tokens())) < FP16
+
+
+@pytest.mark.parametrize("weights", get_args(Weights))
+def test_a_multiplier_stands_in_front_of_everything(weights: Weights, tmp_path: Path) -> None:
+    layer = codes(4, True, 16, STATIC_S8, rank=4, multiplied=True)
+    expected = simulated(replace(layer, inputs=None), tokens())
+    assert largest_error(answer_of(layer, tmp_path, weights), expected) < FP16
 
 
 @pytest.mark.parametrize("weights", ["packed", "dequantized at load"])

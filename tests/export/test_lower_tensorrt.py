@@ -142,6 +142,13 @@ def test_an_int8_layer_computes_what_torch_simulates(bits: int, signed: bool, gr
     assert largest_error(as_written(lowered.model, {"x": tokens()})[0], simulated(layer, tokens())) < 1e-5
 
 
+@pytest.mark.parametrize("inputs", [None, STATIC_S8])
+def test_a_multiplier_stands_in_front_of_everything(inputs: InputGrid | None) -> None:
+    layer = codes(4, True, 16, inputs, rank=4, multiplied=True)
+    lowered = lowered_layer(layer, TRT8)
+    assert largest_error(as_written(lowered.model, {"x": tokens()})[0], simulated(layer, tokens())) < 1e-5
+
+
 def test_nothing_stands_between_constants_and_the_gemm() -> None:
     for target, weights in ((TRT8, ["QuantizeLinear", "DequantizeLinear"]), (TRT10, ["DequantizeLinear"])):
         model = lowered_layer(codes(4, True, 16, STATIC_S8), target).model

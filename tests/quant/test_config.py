@@ -106,6 +106,8 @@ def test_defaults_and_shorthands() -> None:
 
 def test_to_yaml_has_every_key() -> None:
     resolved = """\
+quantizer: samq
+modelopt: null
 wgts:
   dtype: sint4
   group_shapes:
@@ -195,6 +197,7 @@ def test_any_recipe_round_trips(recipe: Recipe) -> None:
         ("  scales: {method: max}\n", False),
         ("shift: {enabled: true}\n", True),
         ("smooth: {enabled: true}\n", True),
+        ("quantizer: modelopt\nmodelopt: INT4_BLOCKWISE_WEIGHT_ONLY_CFG\n", True),
     ],
 )
 def test_needs_calibration(content: str, needs_calibration: bool) -> None:
@@ -216,8 +219,18 @@ def test_needs_calibration(content: str, needs_calibration: bool) -> None:
         (SINT4 + "gptq: {}\n", 3, "gptq", "did you mean wgts.kernel_gptq?"),
         (SINT4 + "calib: {Path: x}\n", 3, "calib.Path", "did you mean calib.path?"),
         (SINT4 + "calib.path: x\n", 3, "calib.path", "write calib: {path: ...}"),
-        (SINT4 + "xyzzy: 1\n", 3, "xyzzy", "known keys here: wgts, layers, ipts, shift, smooth, rotation, calib"),
-        (SINT4 + "on: 1\n", 3, "on", "known keys here: wgts, layers, ipts, shift, smooth, rotation, calib"),
+        (
+            SINT4 + "xyzzy: 1\n",
+            3,
+            "xyzzy",
+            "known keys here: quantizer, modelopt, wgts, layers, ipts, shift, smooth, rotation, calib",
+        ),
+        (
+            SINT4 + "on: 1\n",
+            3,
+            "on",
+            "known keys here: quantizer, modelopt, wgts, layers, ipts, shift, smooth, rotation, calib",
+        ),
     ],
 )
 def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
@@ -276,7 +289,8 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
         (
             "# c\n- wgts\n",
             2,
-            "the file: - wgts is not a mapping; its keys are wgts, layers, ipts, shift, smooth, rotation, calib",
+            "the file: - wgts is not a mapping; its keys are quantizer, modelopt, wgts, layers, ipts, shift, smooth, "
+            "rotation, calib",
         ),
         (
             "\nwgts:\n  skip_decoder: true\n",
@@ -339,6 +353,25 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             "wgts.low_rank.weighting: 'ful' is not one of none, diagonal, full",
         ),
         (SINT4 + "rotation: {residual: true}\n", 3, "rotation.residual: true needs enabled: true"),
+        *(
+            (
+                f"quantizer: modelopt\nmodelopt: INT4_AWQ_CFG\n{SINT4}{content}",
+                5,
+                f"{key}: is samq's own method, and does not go with quantizer: modelopt; leave it out",
+            )
+            for content, key in (
+                ("  kernel_gptq: {}\n", "wgts.kernel_gptq"),
+                ("  low_rank: {}\n", "wgts.low_rank"),
+                ("  bias_correction: true\n", "wgts.bias_correction"),
+                ("  scales: {method: max}\n", "wgts.scales"),
+                ("ipts: {calibrator: max}\n", "ipts.calibrator"),
+                ("shift: {enabled: true}\n", "shift"),
+                ("smooth: {enabled: true}\n", "smooth"),
+                ("rotation: {enabled: true}\n", "rotation"),
+                ("calib: {mode: sequential}\n", "calib.mode"),
+                ("layers: {a: {dtype: sint8}}\n", "layers"),
+            )
+        ),
         (
             SINT4 + "  low_rank: {max_overhead: 0}\n",
             3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,20 @@ def test_effective_weight_is_what_a_float_input_meets() -> None:
     torch.testing.assert_close(QuantizedLinear(codes)(x).T, codes.effective_weight(), rtol=1e-5, atol=1e-5)
     without = codes_of(Grid(4, True), None, 0, False)
     assert torch.equal(without.effective_weight(), without.weight.dequantize())
+
+
+@pytest.mark.parametrize("inputs", ["float", "static"])
+def test_a_multiplier_comes_before_anything_else(inputs: str) -> None:
+    """Before the inputs are rounded, and before the branch."""
+    plain = codes_of(Grid(8, True), INPUTS[inputs], 3, True)
+    multiplied = replace(plain, multiplier=torch.linspace(0.1, 4, 40))
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    expected = QuantizedLinear(plain)(x * torch.linspace(0.1, 4, 40))
+    assert torch.equal(QuantizedLinear(multiplied)(x), expected)
+    if inputs == "float":
+        answers = QuantizedLinear(replace(multiplied, bias=None))(torch.eye(40)).T
+        torch.testing.assert_close(answers, multiplied.effective_weight(), rtol=1e-5, atol=1e-5)
+    assert multiplied.stored_bytes() == plain.stored_bytes() + 4 * 40
 
 
 def test_bytes_are_those_of_weight_and_branch() -> None:

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import Sam2Model
 
 from samq.errors import BadInput, MachineLacks
 from samq.quant.config import Recipe, preset_names
-from samq.quant.layers import QuantizedLinear
+from samq.quant.layers import QuantizedLinear, replace_module
 from samq.quant.quantize import quantize
 from samq.quant.storage import FILE_NAME, FORMAT, load_quantized, save_quantized
 
@@ -101,6 +102,22 @@ def test_layout(folder: Path) -> None:
     assert stored["vision_encoder.neck.convs.0.weight"].dtype == torch.float16
     assert stored["vision_encoder.backbone.blocks.0.layer_norm1.weight"].dtype == torch.float32
     assert any(name.endswith(".down") and tensor.dtype == torch.float16 for name, tensor in stored.items())
+
+
+def test_a_multiplier_comes_back(small_model: Sam2Model, tmp_path: Path) -> None:
+    made = quantize(small_model, recipe_of("int4_w4only_rtn"), None)
+    layer = made.codes[LAYER]
+    multiplied = replace(layer, multiplier=torch.linspace(0.1, 3, layer.weight.codes.shape[1]))
+    replace_module(made.model, LAYER, QuantizedLinear(multiplied))
+    save_quantized(tmp_path, made.model, made.codes | {LAYER: multiplied})
+    model, codes = load_quantized(tmp_path)
+    found = codes[LAYER].multiplier
+    assert found is not None
+    assert multiplied.multiplier is not None
+    assert torch.equal(found, multiplied.multiplier)
+    assert [name for name, entry in codes.items() if entry.multiplier is not None] == [LAYER]
+    for before, after in zip(outputs(made.model), outputs(model), strict=True):
+        assert torch.equal(before, after)
 
 
 Tensors = dict[str, Tensor]

@@ -65,6 +65,13 @@ def test_candidates_that_leave_nothing_to_choose(candidates: list[str], message:
         check_candidates(candidates, load_recipe("int4_w4a8"))
 
 
+def test_a_config_of_modelopt_is_not_searched() -> None:
+    wgts = {"dtype": "sint8", "group_shapes": [[1, -1]]}
+    base = Recipe.model_validate({"quantizer": "modelopt", "modelopt": "INT8_WEIGHT_ONLY_CFG", "wgts": wgts})
+    with pytest.raises(UsageError, match="a search tries samq's own forms, which quantizer: modelopt has not"):
+        check_candidates(CANDIDATES, base)
+
+
 def test_a_config_with_rules_is_not_searched() -> None:
     with pytest.raises(UsageError, match="has `layers` already"):
         check_candidates(CANDIDATES, small_recipe(layers={"*": {"dtype": "float"}}))
