@@ -25,7 +25,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
     for node in [node for node in graph if node.op_type == "Cast"]:
         array = constant_of(node.outputs[0])
         if array is not None:
-            _replace(graph, node.outputs[0], array)
+            _fold_cast(graph, node, array)
     remove_unused(model)
     nodes = _constant_nodes(graph)
     wanted = [v for node in nodes for v in node.outputs if any(user not in nodes for user in v.consumers())]
@@ -34,6 +34,18 @@ def fold_constants(model: ir.Model) -> ir.Model:
             _replace(graph, value, array)
         remove_unused(model)
     return model
+
+
+def _fold_cast(graph: ir.Graph, cast: ir.Node, array: NDArray[Any]) -> None:
+    """Constants that nothing else reads keep their name, by which an engine's weights are known."""
+    stored = cast.inputs[0]
+    assert stored is not None
+    if not stored.is_initializer() or len(stored.uses()) > 1:
+        _replace(graph, cast.outputs[0], array)
+        return
+    stored.const_value = ir.Tensor(array, name=stored.name)
+    stored.type = ir.TensorType(stored.const_value.dtype)
+    replace_value(graph, cast.outputs[0], stored)
 
 
 def _constant_nodes(graph: ir.Graph) -> list[ir.Node]:

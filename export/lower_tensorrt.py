@@ -193,7 +193,7 @@ class _Lowering:
             self._drop(branch)
         if gemm.inputs is not None:
             gemm.node.replace_input_with(0, gemm.inputs.source)
-        gemm.node.replace_input_with(1, writer.constant(weight, "dequantized"))
+        gemm.node.replace_input_with(1, writer.constant(weight, "weight"))
         return LoweredLayer(FLOAT_GEMM, PLACED, branch="" if branch is None else "folded")
 
     def _drop(self, branch: _LowRank) -> None:
@@ -248,7 +248,7 @@ class _Lowering:
                 gemm.node.replace_input_with(1, int4_weight(writer, blocks))
                 return LoweredLayer(INT4_GEMM)
             reason = blocks
-        gemm.node.replace_input_with(1, writer.constant(gemm.weight.dequantized(), "dequantized"))
+        gemm.node.replace_input_with(1, writer.constant(gemm.weight.dequantized(), "weight"))
         return LoweredLayer(FLOAT_GEMM, f"weights dequantized: {reason}")
 
 
