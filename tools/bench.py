@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,8 @@ from samq.engines.base import Arrays
 from samq.engines.predictor import PADDING, Predictor, prompt_feeds
 from samq.errors import UsageError
 from samq.files import write_json
-from samq.tools.alternation import spread, time_in_turns
-from samq.tools.engine_memory import measure_engine_memory
-from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, opener, start_engines
+from samq.tools.alternation import beside, spread, time_in_turns
+from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, file_bytes, opener, start_engines
 from samq.tools.job import Job
 from samq.tools.outdir import BENCH, OutputDir
 from samq.tools.progress import Reporter
@@ -108,7 +107,8 @@ def bench(out: OutputDir, reporter: Reporter, threads: int = 0, runs: int = 20) 
         "command": shlex.join(reporter.command) if reporter.command else None,
         "environment": environment(),
     }
-    found = {**facts, **speed, "start": _starts(engines, reporter), **_sizes(engines, reporter)}
+    sizes = {side: sum(map(file_bytes, engines.files[side])) for side in SIDES}
+    found = {**facts, **speed, **_starts(engines, reporter), "file_bytes": sizes}
     found["slower"] = slower(found)
     write_json(out.path / BENCH, found)
     if found["slower"] is not None:
@@ -134,8 +134,7 @@ def _speed(predictors: list[Predictor], runs: int, reporter: Reporter) -> dict[s
         parts[part] = {name: spread(taken) for name, taken in zip(SIDES, times, strict=True)}
         parts[part]["speedup"] = _ratio(*(parts[part][name]["median_ms"] for name in SIDES))
     before, after = (sum(parts[part][name]["median_ms"] for part in (IMAGE_ENCODER, MASK_DECODER)) for name in SIDES)
-    together = {"baseline_ms": round(before, 3), "quantized_ms": round(after, 3), "speedup": _ratio(before, after)}
-    return {"image_size": side, **parts, "image_and_click": together}
+    return {"image_size": side, **parts, "image_and_click": beside(before, after)}
 
 
 def _click(predictor: Predictor, features: Arrays, side: int) -> Arrays:
@@ -148,7 +147,11 @@ def _click(predictor: Predictor, features: Arrays, side: int) -> Arrays:
 
 
 def _starts(engines: _Engines, reporter: Reporter) -> dict[str, Any]:
-    """Milliseconds to load both parts and to answer the first click, in fresh processes, in turns; the medians."""
+    """What fresh processes take to load both parts and to answer the first click, in turns; the medians.
+
+    Returns:
+        `start`, milliseconds; `peak_bytes`, resident memory at its peak, None on a GPU and where it cannot be told.
+    """
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with reporter.track(f"start, {STARTS} processes each", STARTS * len(SIDES)) as step:
         for _ in range(STARTS):
@@ -160,22 +163,9 @@ def _starts(engines: _Engines, reporter: Reporter) -> dict[str, Any]:
         for side, starts in taken.items()
     }
     found["speedup"] = _ratio(*(sum(found[side].values()) for side in SIDES))
-    return found
-
-
-def _sizes(engines: _Engines, reporter: Reporter) -> dict[str, Any]:
-    """Bytes of the files, and of resident memory at its peak where that can be told."""
-    with reporter.track("memory", len(SIDES)) as step:
-        peaks: dict[str, int | None] = {}
-        for side in SIDES:
-            peaks[side] = measure_engine_memory(engines.files[side]) if engines.on_cpu else None
-            step()
-    return {"peak_bytes": peaks, "file_bytes": {side: sum(map(_bytes, engines.files[side])) for side in SIDES}}
-
-
-def _bytes(path: Path) -> int:
-    """Of a file and, where its weights stand beside it, of those."""
-    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
+    peaks = {side: [start["peak_bytes"] for start in starts] for side, starts in taken.items()}
+    told = engines.on_cpu and not any(None in of for of in peaks.values())
+    return {"start": found, "peak_bytes": {side: median_low(of) if told else None for side, of in peaks.items()}}
 
 
 def slower(found: Mapping[str, Any]) -> str | None:

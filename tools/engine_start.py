@@ -1,10 +1,11 @@
-"""What it takes to start an engine: load, first run and memory, in a process of its own.
+"""What it takes to start engines: load, first run and memory, in a process of their own, and the files they load.
 
     python -m samq.tools.engine_start samq.engines.onnxruntime:OnnxRuntimeEngine 2 image_encoder.onnx mask_decoder.onnx
 
 opens the parts with 2 threads, segments one image with one click (or encodes it, where there is no decoder), and prints
-a JSON object: `load_ms`, `first_ms` and `peak_bytes`, resident memory above what the process held before, None where
-the system does not tell. Python and the runtime's libraries are loaded before the clock starts.
+a JSON object: `load_ms`, `first_ms` and `peak_bytes`, the peak of resident memory above what the process held before:
+weights, activations and the runtime's own buffers; None where the system does not tell. Python and the runtime's
+libraries are loaded before the clock starts.
 """
 
 from __future__ import annotations
@@ -62,6 +63,25 @@ def start_engines(name: str, parts: Sequence[Path], threads: int = 0) -> dict[st
         raise BadInput(f"{parts[0]} does not start: {said[-1]}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+def measure_engine_memory(parts: Sequence[Path]) -> int | None:
+    """Peak bytes that ONNX Runtime on the CPU adds to a fresh process; None where that cannot be measured.
+
+    Args:
+        parts: as `start_engines`.
+    """
+    try:
+        peak: int | None = start_engines(ONNXRUNTIME, parts)["peak_bytes"]
+    except BadInput:
+        return None
+    return peak
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a part's file and, where its weights stand beside it (ONNX, OpenVINO), of those."""
+    beside = (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
+    return sum(file.stat().st_size for file in (path, *beside) if file.exists())
 
 
 def main() -> None:

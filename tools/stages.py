@@ -27,7 +27,7 @@ from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
-from samq.tools.engine_memory import measure_engine_memory
+from samq.tools.engine_start import measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
 from samq.tools.half_precision import IMAGES, compare_with_fp32, complaint

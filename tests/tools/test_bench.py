@@ -13,9 +13,9 @@ from conftest import Answer, refused, samq
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.errors import BadInput
 from samq.files import sha256_of
-from samq.tools.alternation import WARM_UPS, spread, time_in_turns
+from samq.tools.alternation import WARM_UPS, beside, spread, time_in_turns
 from samq.tools.bench import SIDES, slower
-from samq.tools.engine_start import ONNXRUNTIME, opener, start_engines
+from samq.tools.engine_start import ONNXRUNTIME, file_bytes, measure_engine_memory, opener, start_engines
 from samq.tools.outdir import BENCH, MANIFEST, OutputDir
 
 
@@ -165,12 +165,28 @@ def test_engines_take_turns_each_with_its_own_inputs() -> None:
     assert [len(taken) for taken in times] == [3, 3]
 
 
-def test_engines_with_a_clock_are_timed_by_it() -> None:
-    class Timed(_Noted):
-        def time(self, feeds: Any, repeats: int) -> list[float]:
-            return [7.0] * repeats
+class _Timed(_Noted):
+    """An engine with a clock of its own."""
 
-    assert time_in_turns([(Timed("a", []), {})], 2) == [[7.0, 7.0]]  # type: ignore[list-item]
+    def time(self, feeds: Any, repeats: int) -> list[float]:
+        return [7.0] * repeats
+
+
+def test_engines_with_a_clock_are_timed_by_it() -> None:
+    assert time_in_turns([(_Timed("a", []), {})], 2) == [[7.0, 7.0]]  # type: ignore[list-item]
+
+
+def test_turns_end_with_their_time_but_not_before_the_least() -> None:
+    log: list[str] = []
+    (times,) = time_in_turns([(_Noted("a", log), {"of": ""})], 50, least=3, seconds=0)  # type: ignore[list-item]
+    assert len(times) == 3
+    assert len(log) == WARM_UPS + 3
+    timed = [(_Timed(name, []), {}) for name in "ab"]
+    assert time_in_turns(timed, 50, least=3, seconds=0, at_once=2) == [[7.0] * 4] * 2  # type: ignore[arg-type]
+
+
+def test_two_latencies_and_their_ratio() -> None:
+    assert beside(10.00049, 4.0) == {"baseline_ms": 10.0, "quantized_ms": 4.0, "speedup": 2.5001}
 
 
 def test_the_spread_of_known_times() -> None:
@@ -184,6 +200,16 @@ def test_an_encoder_starts_alone_too(finished: tuple[Path, Answer]) -> None:
     assert set(start_engines(ONNXRUNTIME, [encoder], threads=1)) == {"load_ms", "first_ms", "peak_bytes"}
 
 
+def test_files_count_with_the_weights_beside_them(tmp_path: Path) -> None:
+    for name, size in (("a.onnx", 1), ("a.onnx.data", 20), ("b.xml", 300), ("b.bin", 4000), ("c.onnx", 50_000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert [file_bytes(tmp_path / name) for name in ("a.onnx", "b.xml", "c.onnx")] == [21, 4300, 50_000]
+
+
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"gone\.onnx does not start: .*is missing"):
         start_engines(ONNXRUNTIME, [tmp_path / "gone.onnx"])
+
+
+def test_engines_that_do_not_start_have_no_memory(tmp_path: Path) -> None:
+    assert measure_engine_memory([tmp_path / "image_encoder.onnx", tmp_path / "mask_decoder.onnx"]) is None

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samq.tools.engine_memory import measure_engine_memory
 from samq.tools.memory import peak_bytes, reset_peak
 from samq.tools.progress import Reporter
 from samq.tools.watch import Watch
@@ -50,9 +49,3 @@ def test_a_peak_is_never_below_what_is_held() -> None:
     peak = peak_bytes()
     assert peak is not None
     assert peak > held.nbytes
-
-
-@linux
-def test_engines_that_do_not_open_have_no_memory(tmp_path: Path) -> None:
-    parts = [tmp_path / "image_encoder.onnx", tmp_path / "mask_decoder.onnx"]
-    assert measure_engine_memory(parts) is None

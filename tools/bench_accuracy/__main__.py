@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from samq.errors import SamqError
+from samq.tools.arguments import command_line, count
 from samq.tools.bench_accuracy.method import MODELS
 from samq.tools.bench_accuracy.record import Record, read_record
 from samq.tools.bench_accuracy.rows import METHODS, rows
@@ -31,11 +32,11 @@ from samq.tools.report.environment import environment
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print the table; returns the exit code."""
     given = _parser().parse_args(arguments)
-    words = ["python -m samq.tools.bench_accuracy", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         methods = rows(given.methods, given.config)
         if not given.table:
-            record = Record(given.json, {"command": " ".join(words), **environment()})
+            command = command_line("samq.tools.bench_accuracy", arguments)
+            record = Record(given.json, {"command": command, **environment()})
             settings = Settings(given.scenes, given.calibration, given.photos, given.redo)
             Session(record, settings).measure(given.models, methods)
         print(markdown(read_record(given.json), methods), end="")
@@ -55,10 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--config", nargs="+", default=[], help="YAML files that get a row each, as search/best.yaml")
-    parser.add_argument("--scenes", type=_UpTo(SCENES), default=SCENES, help="held-out scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=count(SCENES), default=SCENES, help="held-out scenes (default: %(default)s)")
     parser.add_argument(
         "--calibration",
-        type=_UpTo(CALIBRATION_IMAGES),
+        type=count(CALIBRATION_IMAGES),
         default=CALIBRATION_IMAGES,
         help="calibration images (default: %(default)s)",
     )
@@ -66,19 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--redo", action="store_true", help="measure again what is measured")
     parser.add_argument("--table", action="store_true", help="only print the record as Markdown")
     return parser
-
-
-class _UpTo:
-    """Numbers from 1 to `most`."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-
-    def __call__(self, text: str) -> int:
-        number = int(text)
-        if not 1 <= number <= self._most:
-            raise argparse.ArgumentTypeError(f"{text} is not from 1 to {self._most}")
-        return number
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ from transformers import Sam2Model
 from samq.quant.plan import LayerPlan
 from samq.quant.sites import fold_sites
 from samq.tools.bench_accuracy.method import (
+    FLOAT,
+    PEER_SCALE_BITS,
+    STATIC,
+    TOKEN,
     W4,
     W4A8,
     W8A8,
@@ -32,12 +36,10 @@ from samq.tools.bench_accuracy.method import (
 )
 
 PACKAGE = "llmcompressor"
-SCALE_BITS = 16  # of every scale, as its checkpoints have them; it simulates them in FP32
 NO_PROCESSOR = "it insists on one, and images are processed already"
 
 Settings = Mapping[str, Any]
 
-STATIC, TOKEN, FLOAT = "static, per tensor", "dynamic, per token", "float"
 INPUTS: Mapping[str, Settings | None] = {
     STATIC: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
     TOKEN: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -135,7 +137,7 @@ def _stored_bits(model: Sam2Model, plan: LayerPlan) -> float:
     if getattr(layer, "weight_scale", None) is None:
         raise RuntimeError(f"{plan.name} was left in floating point")
     weights = layer.quantization_scheme.weights
-    of_a_group = SCALE_BITS + (0 if weights.symmetric else weights.num_bits)
+    of_a_group = PEER_SCALE_BITS + (0 if weights.symmetric else weights.num_bits)
     return float(weights.num_bits * plan.in_features * plan.out_features + of_a_group * layer.weight_scale.numel())
 
 

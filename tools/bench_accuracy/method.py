@@ -20,6 +20,10 @@ OUR_ROW = {W4A8: "w4a8", BRANCH: "svdquant", W4: "w4only", W8A8: "w8a8"}
 """Form → our method that a peer's is compared with, unless the peer's row says otherwise."""
 GROUPS = {W4A8: 128, BRANCH: 128, W4: 64}
 """Form → weights that share a scale in samq's presets, where that divides a layer's inputs."""
+STATIC, TOKEN, FLOAT = "static, per tensor", "dynamic, per token", "float"
+"""How activations are quantized."""
+PEER_SCALE_BITS = 16
+"""Of every scale of a peer, and of every number in its branches, as in checkpoints; peers simulate them in FP32."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Method:
         form: one of `FORMS`.
         who: whose it is, `OURS` or the name of a package.
         make: quantizes a subject; may raise anything if it is a peer's.
-        inputs: how activations are quantized.
+        inputs: how activations are quantized, as `STATIC`.
         against: our row that it is compared with, None for that of its form.
         recipe: of a method of ours, what decides it, as YAML.
     """
@@ -72,7 +76,7 @@ class Method:
     form: str
     who: str
     make: Callable[[Subject], Made]
-    inputs: str = "static, per tensor"
+    inputs: str = STATIC
     against: str | None = None
     recipe: str = ""
 

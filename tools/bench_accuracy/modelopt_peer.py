@@ -23,6 +23,9 @@ from samq.quant.grids import groups_of
 from samq.quant.plan import LayerPlan
 from samq.tools.bench_accuracy.method import (
     BRANCH,
+    FLOAT,
+    PEER_SCALE_BITS,
+    STATIC,
     W4,
     W4A8,
     W8A8,
@@ -36,9 +39,8 @@ from samq.tools.bench_accuracy.method import (
 )
 
 PACKAGE = "nvidia-modelopt"
-SCALE_BITS = 16  # of every scale and of the branches; ModelOpt simulates them in FP32
 INT8 = {"num_bits": 8, "axis": None}
-STATIC, FLOAT, FP4 = "static, per tensor", "float", "dynamic, blocks of 16"
+FP4 = "dynamic, blocks of 16"
 AWQ, SMOOTHQUANT, SVDQUANT = "INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"
 
 
@@ -124,11 +126,11 @@ def _stored_bits(layer: nn.Module, plan: LayerPlan) -> float:
         raise RuntimeError(f"{plan.name} was left in floating point")
     inputs, outputs = plan.in_features, plan.out_features
     block = (first.block_sizes or {}).get(-1, inputs)
-    bits = first.num_bits * inputs * outputs + SCALE_BITS * outputs * groups_of(inputs, block)
+    bits = first.num_bits * inputs * outputs + PEER_SCALE_BITS * outputs * groups_of(inputs, block)
     if getattr(layer.input_quantizer, "pre_quant_scale", None) is not None:
-        bits += SCALE_BITS * inputs
+        bits += PEER_SCALE_BITS * inputs
     for branch in (getattr(first, "svdquant_lora_a", None), getattr(first, "svdquant_lora_b", None)):
-        bits += 0 if branch is None else SCALE_BITS * branch.numel()
+        bits += 0 if branch is None else PEER_SCALE_BITS * branch.numel()
     return float(bits)
 
 

@@ -11,7 +11,7 @@ import torch
 from samq.errors import UsageError
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.quantize import quantize
-from samq.tools.bench_accuracy.method import BRANCH, OURS, W4, W4A8, W8A8, Made, Method, Subject, bits_per_weight
+from samq.tools.bench_accuracy.method import BRANCH, FLOAT, OURS, W4, W4A8, W8A8, Made, Method, Subject, bits_per_weight
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Section of a recipe → keys that differ."""
@@ -46,7 +46,7 @@ def form_of(recipe: Recipe) -> str:
 def inputs_of(recipe: Recipe) -> str:
     """How activations are quantized."""
     if recipe.ipts is None:
-        return "float"
+        return FLOAT
     return f"{recipe.ipts.mode}, {recipe.ipts.granularity.replace('_', ' ')}"
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -27,6 +23,7 @@ from samq.tools.bench_accuracy.scenes import MEASURES, Masks, PackedMasks, Scene
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT, IMAGES
 from samq.tools.demo.hostile import make_hostile
 from samq.tools.evaluate import evaluate, summarize
+from samq.tools.quiet import quiet
 from samq.tools.simulation import torch_predictor
 
 LONGEST_REASON = 200  # characters of a peer's message
@@ -87,7 +84,7 @@ class Session:
     def _of_peer(self, subject: Subject, method: Method) -> dict[str, Any]:
         """Figures of a peer's row, or why there are none: whatever a peer raises is its entry."""
         try:
-            with _quiet():
+            with quiet():
                 return self._scored(subject, method.make(subject))
         except Exception as error:
             return {"reason": reason_of(error)}
@@ -160,16 +157,3 @@ def reason_of(error: Exception) -> str:
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the many words of the peers."""
-    logging.disable(logging.WARNING)
-    try:
-        aside = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -24,6 +24,7 @@ from typing import Any
 
 from samq.errors import BadInput, SamqError, UsageError
 from samq.files import write_json
+from samq.tools.arguments import command_line, count
 from samq.tools.bench_embedded.measure import masks, speed
 from samq.tools.bench_embedded.rows import FP32, ROWS, Row
 from samq.tools.bench_embedded.subject import Graphs
@@ -39,10 +40,9 @@ PACKAGES = ("onnxruntime", "openvino", "nncf")
 def main(arguments: list[str] | None = None) -> int:
     """Measure or print; returns the exit code."""
     given = _parser().parse_args(arguments)
-    words = ["python -m samq.tools.bench_embedded", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         if not given.table:
-            write_json(given.json, _measured(given, " ".join(words)))
+            write_json(given.json, _measured(given, command_line("samq.tools.bench_embedded", arguments)))
         print(markdown(_read(given.json)), end="")
     except SamqError as error:
         print(f"bench_embedded: {error}", file=sys.stderr)
@@ -99,19 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, default=Path("out/embedded.json"), help="default: %(default)s")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=", ".join(ROWS))
-    parser.add_argument("--runs", type=_positive, default=15, help="of each encoder (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, default=2, help="default: %(default)s")
-    parser.add_argument("--scenes", type=_positive, default=48, help=f"at most {SCENES} (default: %(default)s)")
+    parser.add_argument("--runs", type=count(), default=15, help="of each encoder (default: %(default)s)")
+    parser.add_argument("--threads", type=count(), default=2, help="default: %(default)s")
+    parser.add_argument("--scenes", type=count(), default=48, help=f"at most {SCENES} (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder where graphs are kept, and used again")
     parser.add_argument("--table", action="store_true", help="only print the record as Markdown")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from samq.engines.predictor import Predictor, prompt_feeds
 from samq.tools.alternation import spread, time_in_turns
 from samq.tools.bench_embedded.rows import DECODERS, FP32, ROWS, Row
 from samq.tools.bench_embedded.subject import Graphs
-from samq.tools.engine_start import opener, start_engines
+from samq.tools.engine_start import file_bytes, opener, start_engines
 from samq.tools.evaluate import evaluate, summarize
 from samq.tools.progress import Reporter
 
@@ -44,7 +44,7 @@ def speed(graphs: Graphs, rows: Sequence[Row], runs: int, threads: int, reporter
     with reporter.track(f"{len(engines)} encoders in turns, {runs} runs each", None) as step:
         times = time_in_turns([(engine, {"pixel_values": image}) for engine in engines.values()], runs, step)
     for key, taken in zip(engines, times, strict=True):
-        found[key] = {**spread(taken), "file_bytes": _bytes(paths[key])}
+        found[key] = {**spread(taken), "file_bytes": file_bytes(paths[key])}
     features = engines[FP32].run({"pixel_values": image})
     engines.clear()
     with reporter.track(f"starts, {STARTS} processes each", None):
@@ -95,12 +95,6 @@ def _predictor(graphs: Graphs, row: Row, threads: int) -> Predictor:
 
 def _kept(told: Mapping[str, Any]) -> Figures:
     return {key: told[key] for key in ("miou_baseline", "miou_quantized", "miou_relative", "agreement_iou", "count")}
-
-
-def _bytes(path: Path) -> int:
-    """Of what the runtime loads: the file, and the weights beside it where they are in a file of their own."""
-    beside = (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
-    return sum(file.stat().st_size for file in (path, *beside) if file.exists())
 
 
 def _line(error: Exception) -> str:

@@ -24,7 +24,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
-        from openvino import Core  # type: ignore[import-not-found, unused-ignore]
+        from openvino import Core
 
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads:

@@ -7,10 +7,6 @@ starts from what those steps leave: it does not compile the graph as exported wi
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from samq.calib.parts import ENCODER_INPUTS, IMAGE_ENCODER
 from samq.errors import MachineLacks
 from samq.tools.bench_embedded.subject import Graphs
 from samq.tools.bench_gpu.cells import DEMO
+from samq.tools.quiet import quiet
 
 OPENVINO = "OpenVINO or NNCF is not installed; run `pip install openvino nncf`"
 
@@ -49,7 +46,7 @@ def static(graphs: Graphs, key: str, *, unsigned: bool) -> Path:
     """
     path = graphs.peer(key)
     if not path.exists():
-        with _quiet():
+        with quiet():
             quantize_static(
                 str(_prepared(graphs)),
                 str(path),
@@ -66,7 +63,7 @@ def dynamic(graphs: Graphs, key: str) -> Path:
     """ONNX Runtime's `quantize_dynamic`, as it is called by default."""
     path = graphs.peer(key)
     if not path.exists():
-        with _quiet():
+        with quiet():
             quantize_dynamic(str(_prepared(graphs)), str(path))
     return path
 
@@ -78,13 +75,13 @@ def openvino(graphs: Graphs, key: str, *, quantized: bool) -> Path:
         MachineLacks: they are not installed.
     """
     try:
-        import nncf  # type: ignore[import-not-found, unused-ignore]
-        from openvino import Core, save_model  # type: ignore[import-not-found, unused-ignore]
+        import nncf
+        from openvino import Core, save_model
     except ImportError as error:
         raise MachineLacks(OPENVINO) from error
     path = graphs.peer(key, "xml")
     if not path.exists():
-        with _quiet():
+        with quiet():
             model = Core().read_model(_prepared(graphs))
             model.reshape({ENCODER_INPUTS[0]: list(graphs.calibration[0].shape)})
             if quantized:
@@ -106,15 +103,3 @@ def _prepared(graphs: Graphs) -> Path:
     if not path.exists():
         quant_pre_process(str(graphs.fp32(IMAGE_ENCODER)), str(path), skip_symbolic_shape=True)
     return path
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tools' progress bars and warnings."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from samq.errors import SamqError
+from samq.tools.arguments import command_line, count
 from samq.tools.bench_gpu.cells import DEFAULT_BATCHES, DEFAULT_MODELS, MODELS, ROWS, plan
 from samq.tools.bench_gpu.record import read_record
 from samq.tools.bench_gpu.session import Settings, measure, prepare
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             scenes=given.scenes,
             redo=given.redo,
             deadline=None if given.seconds_left is None else time.monotonic() + given.seconds_left,
-            command=" ".join(["python -m samq.tools.bench_gpu", *(sys.argv[1:] if arguments is None else arguments)]),
+            command=command_line("samq.tools.bench_gpu", arguments),
         )
         cells = plan(given.models, given.batches, given.rows)
         (prepare if given.prepare else measure)(cells, settings)
@@ -59,23 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=Path("docs/gpu.json"), help="the record (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/bench_gpu"), help="where graphs and plans are kept")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
-    parser.add_argument("--batches", nargs="+", type=_positive, default=list(DEFAULT_BATCHES))
+    parser.add_argument("--batches", nargs="+", type=count(), default=list(DEFAULT_BATCHES))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--scenes", type=_positive, default=SCENES, help="held-out scenes for the demo model's masks")
+    parser.add_argument("--scenes", type=count(), default=SCENES, help="held-out scenes for the demo model's masks")
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level")
-    parser.add_argument("--jobs", type=_positive, default=1, help="plans built at once, which disturbs their tuning")
+    parser.add_argument("--jobs", type=count(), default=1, help="plans built at once, which disturbs their tuning")
     parser.add_argument("--seconds-left", type=float, help="start nothing that is not expected to end within this time")
     parser.add_argument("--redo", action="store_true", help="measure again what is measured")
     parser.add_argument("--prepare", action="store_true", help="only trace the graphs into --work")
     parser.add_argument("--table", action="store_true", help="only print the record as Markdown")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ patterns find nothing; so it is asked not to, and of the model types "sam2" and 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import onnx
 from samq.calib.parts import ENCODER_INPUTS
 from samq.errors import MachineLacks
 from samq.tools.bench_gpu.subject import Pixels
+from samq.tools.quiet import quiet
 
 MODELOPT = "ModelOpt is not installed; run `pip install samq[modelopt]`"
 MODEL_TYPES = ("sam2", "bert")
@@ -49,7 +46,7 @@ def with_fusions(exact: Path, path: Path) -> dict[str, Any]:
 
     basic = path.with_suffix(".basic.onnx")
     fused = {}
-    with _quiet():
+    with quiet():
         optimize_by_onnxruntime(str(exact), False, str(basic), BASIC, KEPT_APART)
         for kind in MODEL_TYPES:
             model = optimize_by_fusion(onnx.load(basic), kind)
@@ -90,15 +87,3 @@ def with_modelopt(exact: Path, path: Path, pixels: Pixels, *, half: bool) -> dic
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "nothing"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tools' progress bars and warnings."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)

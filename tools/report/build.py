@@ -39,7 +39,7 @@ class Measured:
         executed: layer → what the runtime made of it.
         half_precision: from `samq.tools.half_precision.compare_with_fp32`; None without evaluation images, or where the
             baseline is in FP32.
-        engine_memory: "baseline_bytes" and "quantized_bytes" from `samq.tools.engine_memory`, where it can measure.
+        engine_memory: "baseline_bytes" and "quantized_bytes" from `samq.tools.engine_start`, where it can measure.
     """
 
     records: list[Record] | None
@@ -105,6 +105,8 @@ def build_report(
 
 def _method(recipe: Recipe) -> list[str]:
     """The algorithms of a recipe, in words."""
+    if recipe.modelopt is not None:
+        return [f"ModelOpt's {recipe.modelopt}"]
     weights = [own.wgts for own in recipe.variants()]
     ranks = sorted({own.low_rank.rank for own in weights if own.low_rank is not None}, key=str)
     rounding = ["round to nearest" if own.kernel_gptq is None else "GPTQ" for own in weights]
