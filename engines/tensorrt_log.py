@@ -24,7 +24,9 @@ _MEMORY = "the GPU's memory is not enough; free some of it, set a smaller worksp
 _OTHER_VERSION = "the plan was built by another version of TensorRT; build it again with this one"
 _OTHER_GPU = "the plan was built for another GPU; build it again on this one"
 _DRIVER = "CUDA does not start (error {0}): no GPU, or the NVIDIA driver is missing or too old; see `nvidia-smi`"
-_NO_KERNEL = "TensorRT has no kernel for {0}; keep that layer in FP16, or take another version of TensorRT"
+_NO_KERNEL = (
+    "TensorRT has no kernel for {0}; keep that layer in FP16, build without --refittable, or take another version"
+)
 
 # The texts are those of 8.6 to 10.x; the first that is found in what TensorRT said decides.
 _SENTENCES: tuple[tuple[str, type[SamqError], str], ...] = (
