@@ -129,3 +129,19 @@ def test_all_in_fp16_is_the_simulated_weights_in_float(target: TensorRtTarget) -
     given = feeds(plain.model)
     for found, expected in zip(as_written(placed.model, given), as_written(plain.model, given), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["int8_w8a8", "int4_svdquant"])
+def test_all_in_fp16_differs_from_the_baseline_in_values_alone(name: str) -> None:
+    """So that a refittable plan of the one takes the weights of the other."""
+    placed, baseline = (
+        lower_for_tensorrt(static_form(form, IMAGE_ENCODER), TRT8, placement=Placement(layers={"*": "fp16"})).model
+        for form in (name, "float")
+    )
+    assert written(placed) == written(baseline)
+    assert placed.graph.initializers.keys() == baseline.graph.initializers.keys()
+
+
+def written(model: ir.Model) -> list[tuple[str | None, str, list[str | None]]]:
+    """The nodes, by name, with the names of what they read."""
+    return [(n.name, n.op_type, [None if v is None else v.name for v in n.inputs]) for n in model.graph]
