@@ -280,6 +280,15 @@ class SmoothConfig(_Section):
     enabled: bool = False
     alpha: Alpha = Field(default=0.5, description="share of the range that moves to the weights")
     """From 0 to 1, or "auto": searched for each layer on its output error."""
+    multiply: bool = Field(
+        default=False, description="also where nothing absorbs the scale: inputs are multiplied by it"
+    )
+
+    @model_validator(mode="after")
+    def _multiplies_by_something(self) -> SmoothConfig:
+        if self.multiply and not self.enabled:
+            raise impossible("true needs enabled: true", key="multiply")
+        return self
 
     @field_validator("alpha", mode="wrap")
     @classmethod

@@ -33,7 +33,7 @@ from samq.quant.rounding import Rounded, ToRound, round_layers, together
 from samq.quant.scales import choose_scales
 from samq.quant.shift import fold_offset, middle
 from samq.quant.sites import FoldSite, fold_sites, linear_at
-from samq.quant.smooth import fold_scale, magnitudes, smoothing_factors
+from samq.quant.smooth import fold_scale, magnitudes, multiply_inputs, smoothing_factors
 from samq.quant.smooth_search import best_alpha
 from samq.quant.streams import residual_streams, rotate_stream
 
@@ -80,6 +80,7 @@ class Work:
         codes: results by layer name.
         notes: remarks by layer name.
         folds: the exact changes of basis so far.
+        multipliers: what the inputs of a layer are multiplied by, [K], where nothing absorbs it.
         images: pixel values [B, 3, S, S], for passes that need IMAGES.
         walk: through the encoder, where blocks are to be calibrated behind the quantized ones before them.
         tick: called with a layer's name when it is done.
@@ -92,6 +93,7 @@ class Work:
     codes: dict[str, LayerCodes] = field(default_factory=dict)
     notes: dict[str, LayerNotes] = field(default_factory=dict)
     folds: Folds = field(default_factory=Folds)
+    multipliers: dict[str, Tensor] = field(default_factory=dict)
     images: Iterable[Tensor] = ()
     walk: BlockWalk | None = None
     tick: Tick = lambda _: None
@@ -152,13 +154,18 @@ class Shift(Pass):
 
 
 class Smooth(Pass):
-    """Move activation outliers into the weights where something absorbs them (`samq.quant.smooth`)."""
+    """Move activation outliers into the weights (`samq.quant.smooth`).
+
+    Args:
+        alpha: share of the range that moves, or "auto".
+        multiply: also where nothing absorbs the scale; the layer's inputs are multiplied by it then.
+    """
 
     needs = frozenset({RANGE})
     exact = True
 
-    def __init__(self, alpha: Alpha) -> None:
-        self.alpha = alpha
+    def __init__(self, alpha: Alpha, *, multiply: bool = False) -> None:
+        self.alpha, self.multiply = alpha, multiply
 
     def apply(self, work: Work) -> list[str]:
         """Smooth every site with a quantized layer; says so for layers that have none.
@@ -169,19 +176,31 @@ class Smooth(Pass):
         touched: list[str] = []
         for site in sorted(work.sites(), key=lambda site: site.heads is None):
             readers = work.readers(site)
-            layers = [linear_at(work.model, layer) for layer in readers]
-            statistics = [work.statistics[layer] for layer in readers]
-            alpha = self._alpha_of(readers, work)
-            factors = smoothing_factors(*magnitudes(layers, statistics, work.recipe.weight_only), alpha)
+            alpha, factors = self._factors_of(readers, work)
             fold_scale(work.model, site, factors)
             work.folds.scales[site.source] = factors
-            for layer, entry in zip(readers, statistics, strict=True):
-                entry.rescale(1 / factors)
+            for layer in readers:
+                work.statistics[layer].rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
             touched.extend(readers)
         for layer in [name for name in work.plans if name not in touched]:
-            work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
+            if not self.multiply:
+                work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
+                continue
+            alpha, factors = self._factors_of([layer], work)
+            multiplier = multiply_inputs(linear_at(work.model, layer), factors)
+            work.multipliers[layer] = multiplier * work.multipliers.get(layer, 1.0)
+            work.statistics[layer].rescale(multiplier)
+            work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}) by a product in front of the layer")
+            touched.append(layer)
         return touched
+
+    def _factors_of(self, readers: list[str], work: Work) -> tuple[float, Tensor]:
+        """Alpha, and the factors [K] of the inputs that these layers share."""
+        layers = [linear_at(work.model, layer) for layer in readers]
+        statistics = [work.statistics[layer] for layer in readers]
+        alpha = self._alpha_of(readers, work)
+        return alpha, smoothing_factors(*magnitudes(layers, statistics, work.recipe.weight_only), alpha)
 
     def _alpha_of(self, readers: list[str], work: Work) -> float:
         if self.alpha != AUTO:
@@ -357,7 +376,7 @@ class Quantize(Pass):
             notes.remark(
                 f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {rounded.damping:g}"
             )
-        work.codes[name] = codes
+        work.codes[name] = codes = replace(codes, multiplier=work.multipliers.get(name))
         replace_module(work.model, name, QuantizedLinear(codes))
         work.tick(name)
 
@@ -452,7 +471,7 @@ def passes_for(recipe: Recipe) -> list[Pass]:
     if recipe.shift.enabled:
         passes.append(Shift())
     if recipe.smooth.enabled:
-        passes.append(Smooth(recipe.smooth.alpha))
+        passes.append(Smooth(recipe.smooth.alpha, multiply=recipe.smooth.multiply))
     if recipe.rotation.enabled:
         passes.append(RotateValues())
     if any(own.auto_rank for own in recipe.variants()):

@@ -2,10 +2,10 @@
 
     y = (x diag(s)⁻¹)(diag(s) Wᵀ),   s_k = max|x_k|^α / max|w_:k|^(1−α)        (eq. 4)
 
-diag(s)⁻¹ is folded into whatever produces x (see `samq.quant.sites`), so that nothing runs in addition. With float
-activations it still pays: columns that matter are enlarged and lose less of themselves to rounding, as in AWQ (Lin et
-al., arXiv 2306.00978, section 3.2). Whatever scale a channel had before, x diag(s)⁻¹ and W diag(s) come out the same:
-no outlier channel survives, at any α.
+diag(s)⁻¹ is folded into whatever produces x (see `samq.quant.sites`), so that nothing runs in addition; where nothing
+can take it, it may stay as a product in front of the layer. With float activations it still pays: columns that matter
+are enlarged and lose less of themselves to rounding, as in AWQ (Lin et al., arXiv 2306.00978, section 3.2). Whatever
+scale a channel had before, x diag(s)⁻¹ and W diag(s) come out the same: no outlier channel survives, at any α.
 """
 
 from __future__ import annotations
@@ -54,3 +54,16 @@ def fold_scale(model: nn.Module, site: FoldSite, factors: Tensor) -> None:
     scale = factors if source.weight.ndim == 1 else factors[:, None]
     source.weight[rows] /= scale
     source.bias[rows] /= factors
+
+
+@torch.no_grad()
+def multiply_inputs(layer: nn.Linear, factors: Tensor) -> Tensor:
+    """Divide a layer's inputs by `factors` [K] > 0 whenever it runs, and multiply its columns by them.
+
+    Returns:
+        what the inputs are multiplied by, [K].
+    """
+    multiplier = 1 / factors
+    layer.weight *= factors
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * multiplier,))
+    return multiplier

@@ -131,6 +131,7 @@ shift:
 smooth:
   enabled: false
   alpha: 0.5
+  multiply: false
 rotation:
   enabled: false
   residual: false
@@ -165,7 +166,8 @@ recipes = st.builds(
     | st.builds(InputsConfig, calibrator=st.sampled_from(["max", "percentile", "mse", "entropy"]))
     | st.builds(InputsConfig, calibrator=st.just("percentile"), percentile=st.floats(51, 100)),
     shift=st.builds(ShiftConfig, enabled=st.booleans()),
-    smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto")),
+    smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto"))
+    | st.just(SmoothConfig(enabled=True, multiply=True)),
     rotation=st.builds(RotationConfig, enabled=st.just(True), residual=st.booleans()) | st.just(RotationConfig()),
     calib=st.builds(
         CalibConfig,
@@ -280,7 +282,7 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
             5,
             "wgts.group_shapes[0][1]: 'x' is not a whole number such as 128, without quotes or point",
         ),
-        (SINT4 + "smooth:\n", 3, "smooth: null is not a mapping; its keys are enabled, alpha"),
+        (SINT4 + "smooth:\n", 3, "smooth: null is not a mapping; its keys are enabled, alpha, multiply"),
         (
             f"{SINT4}rotation: {'x' * 99}\n",
             3,
@@ -353,6 +355,7 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             "wgts.low_rank.weighting: 'ful' is not one of none, diagonal, full",
         ),
         (SINT4 + "rotation: {residual: true}\n", 3, "rotation.residual: true needs enabled: true"),
+        (SINT4 + "smooth: {multiply: true}\n", 3, "smooth.multiply: true needs enabled: true"),
         *(
             (
                 f"quantizer: modelopt\nmodelopt: INT4_AWQ_CFG\n{SINT4}{content}",

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_model import recipe_of
+from small_model import outputs, recipe_of, relative
 from torch import Tensor, nn
 from transformers import Sam2Model
 
@@ -433,6 +433,36 @@ def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:
     old, new = (model.get_submodule(layer).weight.detach() for model in (small_model, work.model))
     factors = (new / old).mean(0)
     torch.testing.assert_close(statistics[layer].absmax(), before[layer] / factors)
+
+
+def test_what_nothing_absorbs_is_multiplied_on_request(small_model: Sam2Model) -> None:
+    """The float model stays what it was, and so does the layer that carries the product."""
+    work = work_on_all_layers(small_model, recipe_of("int8_w8a8"))
+    folded = set(Smooth(0.5).apply(copy.deepcopy(work)))
+    assert set(Smooth(0.5, multiply=True).apply(work)) == set(work.plans)
+    assert set(work.multipliers) == set(work.plans) - folded != set()
+    for found, expected in zip(outputs(work.model), outputs(small_model), strict=True):
+        assert relative(found - expected, expected) < 1e-5
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_out"
+    rows = work.statistics[layer].sample
+    old, new = (linear_at(model, layer).weight.detach() for model in (small_model, work.model))
+    torch.testing.assert_close(new * work.multipliers[layer], old)
+    Quantize(work.recipe).apply(work)
+    codes, module = work.codes[layer], work.model.get_submodule(layer)
+    assert codes.multiplier is not None
+    assert torch.equal(codes.multiplier, work.multipliers[layer])
+    assert relative(codes.effective_weight() - old, old) < 0.01  # 8 bits
+    given = rows / codes.multiplier
+    assert relative(module(given) - linear_at(small_model, layer)(given), linear_at(small_model, layer)(given)) < 0.02
+
+
+def test_products_in_front_of_a_layer_add_up(small_model: Sam2Model) -> None:
+    once, twice = (work_on_all_layers(small_model) for _ in range(2))
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_out"
+    for work, alphas in ((once, [0.5]), (twice, [0.9, 0.5])):
+        for alpha in alphas:
+            Smooth(alpha, multiply=True).apply(work)
+    torch.testing.assert_close(twice.multipliers[layer], once.multipliers[layer])
 
 
 @pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4only", "int8_w8a8"])
