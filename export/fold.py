@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from samq.export.graph import add_initializer, constant_of, remove_unused, replace_value
 
@@ -21,7 +22,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
     ONNX Runtime computes it, without optimizations, so that the values are those of the graph as written.
     """
     graph = model.graph
-    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for node in [node for node in graph if node.op_type == "Cast"]:
         array = constant_of(node.outputs[0])
         if array is not None:

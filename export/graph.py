@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 LAYER_KEY = "samq.layer"
 ROLE_KEY = "samq.role"
@@ -108,5 +109,5 @@ def int_attribute(node: ir.Node, name: str, default: int) -> int:
 
 def remove_unused(model: ir.Model) -> None:
     """Drop nodes and initializers that no output depends on, and unused opset imports."""
-    for step in (ir.passes.common.RemoveUnusedNodesPass(), ir.passes.common.RemoveUnusedOpsetsPass()):
+    for step in (common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):
         step(model)

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from samq.errors import BadInput
 from samq.export.graph import add_initializer, constant_of, int_attribute, producer, remove_unused
@@ -45,7 +46,7 @@ def to_fp16(model: ir.Model) -> ir.Model:
     """
     if model.opset_imports[""] < FIRST_OPSET:
         raise ValueError(f"opset {model.opset_imports['']} has no Q/DQ with FP16 scales; to_fp16 needs {FIRST_OPSET}")
-    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _Converter(model).convert()
     remove_unused(model)
     return model

@@ -19,6 +19,7 @@ from math import prod
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from samq.export.fuse_attention import Rewrite
 from samq.export.graph import Writer, constant_of, int_attribute, remove_unused
@@ -186,7 +187,7 @@ def _scan(model: ir.Model, region: _Region, parts: int) -> None:
         grouped.name, grouped.type = f"{value.name}/grouped", value.type
         _join(graph, scan, grouped, value)
     graph.remove(region.nodes, safe=True)
-    ir.passes.common.TopologicalSortPass()(model)
+    common.TopologicalSortPass()(model)
 
 
 def _copy(node: ir.Node, inside: dict[ir.Value, ir.Value], writer: Writer, region: _Region, parts: int) -> ir.Node:

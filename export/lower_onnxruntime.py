@@ -53,7 +53,10 @@ REWRITES: tuple[Callable[[ir.Model], Rewrite], ...] = (
     keep_in_cache,
 )
 
-Shared = dict[tuple[object, ...], tuple[ir.Value, ir.Value, ir.Value]]
+Codes = tuple[ir.Value, ir.Value, ir.Value]
+"""Of inputs, with their scale and their zero-point."""
+Shared = dict[tuple[object, ...], Codes]
+"""Codes by what they are made of."""
 
 
 def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
@@ -111,29 +114,34 @@ def _int8_weight(gemm: Gemm) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 
 def _per_tensor(writer: Writer, gemm: Gemm, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value]:
     """MatMulIntegerToFloat; returns the value that it replaces (after the bias, where there is one) and itself."""
-    codes, scale, zero_point = _unsigned_codes(writer, inputs, shared)
+    add = _bias_add(gemm)
+    codes = _unsigned_codes(writer, inputs, shared)
+    if add is None:
+        return gemm.node.outputs[0], _int8_gemm(writer, gemm, codes)
+    return add.outputs[0], _int8_gemm(writer, gemm, codes, add.inputs[1])
+
+
+def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs, shared: Shared) -> ir.Value:
+    """MatMulIntegerToFloat on codes of step 1, and the tokens' scales behind it."""
+    product = _int8_gemm(writer, gemm, _token_codes(writer, inputs, shared))
+    return writer.node("Mul", [product, inputs.scale], "token_scaled", dtype=FLOAT, shape=product.shape)
+
+
+def _int8_gemm(writer: Writer, gemm: Gemm, codes: Codes, bias: ir.Value | None = None) -> ir.Value:
+    values, scale, zero_point = codes
     integers, channel_scale = _int8_weight(gemm)
-    old = gemm.node.outputs[0]
     operands: list[ir.Value | None] = [
-        codes,
+        values,
         writer.constant(integers, "int8_weight"),
         scale,
         writer.constant(channel_scale, "int8_scale"),
         zero_point,
     ]
-    add = _bias_add(gemm)
-    if add is not None:
-        operands += [None, add.inputs[1]]
-        old = add.outputs[0]
-    new = writer.node(
-        "MatMulIntegerToFloat",
-        operands,
-        "MatMul",
-        domain=CONTRIB,
-        dtype=FLOAT,
-        shape=gemm.node.outputs[0].shape,
+    if bias is not None:
+        operands += [None, bias]
+    return writer.node(
+        "MatMulIntegerToFloat", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=gemm.node.outputs[0].shape
     )
-    return old, new
 
 
 def _bias_add(gemm: Gemm) -> ir.Node | None:
@@ -145,59 +153,40 @@ def _bias_add(gemm: Gemm) -> ir.Node | None:
     return users[0] if bias is not None and bias.ndim == 1 else None
 
 
-def _unsigned_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Input codes as uint8 around a zero-point, their scale and the zero-point."""
+def _unsigned_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> Codes:
+    """Input codes as uint8 around a zero-point."""
     zero = constant_of(inputs.zero_point)
     assert zero is not None
     offset = int(zero) + (128 if zero.dtype == np.int8 else 0)
     static_scale = constant_of(inputs.scale)
-    key = None if static_scale is None else (inputs.source, float(static_scale), offset)
-    if key is not None and key in shared:
-        return shared[key]
-    zero_point = writer.constant(np.array(offset, np.uint8), "input_offset")
-    codes = writer.node(
-        "QuantizeLinear", [inputs.source, inputs.scale, zero_point], "QuantizeLinear",
-        dtype=ir.DataType.UINT8, shape=inputs.source.shape,
-    )  # fmt: skip
-    found = (codes, inputs.scale, zero_point)
-    if key is not None:
-        shared[key] = found
-    return found
+    key = (inputs.source, inputs.scale if static_scale is None else float(static_scale), offset)
+    if key not in shared:
+        shared[key] = _quantized(writer, inputs.source, inputs.scale, offset)
+    return shared[key]
 
 
-def _per_token(writer: Writer, gemm: Gemm, inputs: GemmInputs, shared: Shared) -> ir.Value:
-    """MatMulIntegerToFloat on codes of step 1, and the tokens' scales behind it."""
-    codes, step, zero_point = _token_codes(writer, inputs, shared)
-    integers, channel_scale = _int8_weight(gemm)
-    shape = gemm.node.outputs[0].shape
-    operands = [
-        codes,
-        writer.constant(integers, "int8_weight"),
-        step,
-        writer.constant(channel_scale, "int8_scale"),
-        zero_point,
-    ]
-    product = writer.node("MatMulIntegerToFloat", operands, "MatMul", domain=CONTRIB, dtype=FLOAT, shape=shape)
-    return writer.node("Mul", [product, inputs.scale], "token_scaled", dtype=FLOAT, shape=shape)
-
-
-def _token_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Input codes as uint8 around 128, their step, which is 1, and the 128.
+def _token_codes(writer: Writer, inputs: GemmInputs, shared: Shared) -> Codes:
+    """Input codes of step 1 as uint8 around 128.
 
     Inputs are divided by the scales of their tokens first: QuantizeLinear with a scale a token is many times slower
     than a division and a QuantizeLinear with one scale, which give the same codes.
     """
     key = (inputs.source, inputs.scale)
     if key not in shared:
-        shape = inputs.source.shape
         step = writer.constant(np.array(1, np.float32), "token_step")
-        zero_point = writer.constant(np.array(128, np.uint8), "input_offset")
-        divided = writer.node("Div", [inputs.source, inputs.scale], "token_divided", dtype=FLOAT, shape=shape)
-        codes = writer.node(
-            "QuantizeLinear", [divided, step, zero_point], "QuantizeLinear", dtype=ir.DataType.UINT8, shape=shape
+        divided = writer.node(
+            "Div", [inputs.source, inputs.scale], "token_divided", dtype=FLOAT, shape=inputs.source.shape
         )
-        shared[key] = codes, step, zero_point
+        shared[key] = _quantized(writer, divided, step, 128)
     return shared[key]
+
+
+def _quantized(writer: Writer, source: ir.Value, scale: ir.Value, offset: int) -> Codes:
+    zero_point = writer.constant(np.array(offset, np.uint8), "input_offset")
+    codes = writer.node(
+        "QuantizeLinear", [source, scale, zero_point], "QuantizeLinear", dtype=ir.DataType.UINT8, shape=source.shape
+    )
+    return codes, scale, zero_point
 
 
 def _weight_only(writer: Writer, gemm: Gemm) -> tuple[ir.Value, ir.Value]:

@@ -110,6 +110,17 @@ class Work:
         """The notes of one layer."""
         return self.notes.setdefault(layer, LayerNotes())
 
+    def bias(self, layer: str) -> Tensor | None:
+        """The float bias [N] of one layer."""
+        bias = linear_at(self.model, layer).bias
+        return None if bias is None else bias.detach().float()
+
+    def put(self, layer: str, codes: LayerCodes) -> None:
+        """Keep what one layer stores, and put its simulation into the model: the layer is done."""
+        self.codes[layer] = codes
+        replace_module(self.model, layer, QuantizedLinear(codes))
+        self.tick(layer)
+
 
 class Pass(ABC):
     """One step from the float model to the quantized one.
@@ -359,8 +370,7 @@ class Quantize(Pass):
         moments: Tensor | None,
     ) -> None:
         """Put the layer's simulation into the model, and note what it cost."""
-        float_bias, notes = linear_at(work.model, name).bias, work.note(name)
-        bias = None if float_bias is None else float_bias.detach().float()
+        bias, notes = work.bias(name), work.note(name)
         codes = LayerCodes(rounded.weight, input_grid(self.recipe.ipts, layer.weight, statistics), rounded.branch, bias)
         lost = layer.weight - codes.effective_weight()
         total = 0.0 if moments is None else output_error(layer.weight, moments)
@@ -376,9 +386,7 @@ class Quantize(Pass):
             notes.remark(
                 f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {rounded.damping:g}"
             )
-        work.codes[name] = codes = replace(codes, multiplier=work.multipliers.get(name))
-        replace_module(work.model, name, QuantizedLinear(codes))
-        work.tick(name)
+        work.put(name, replace(codes, multiplier=work.multipliers.get(name)))
 
 
 class ModelOpt(Pass):
@@ -398,17 +406,13 @@ class ModelOpt(Pass):
         rows = {name: torch.ones_like(one.scale[:, :1]) for name, one in decided.items()}
         absorbed = self._fold(work, decided, rows)
         for name, one in decided.items():
-            float_bias, notes = linear_at(work.model, name).bias, work.note(name)
-            bias = None if float_bias is None else float_bias.detach().float()
+            notes = work.note(name)
             weight = one.weight(work.plans[name], work.recipe, rows[name])
             multiplier = None if name in absorbed else one.multiplier
-            codes = LayerCodes(weight, one.inputs, None, bias, multiplier)
-            work.codes[name] = codes
             notes.remark(f"quantized by {work.recipe.modelopt} of ModelOpt {version()}")
             if multiplier is not None:
                 notes.remark("inputs multiplied by ModelOpt's pre_quant_scale, which nothing before this layer absorbs")
-            replace_module(work.model, name, QuantizedLinear(codes))
-            work.tick(name)
+            work.put(name, LayerCodes(weight, one.inputs, None, work.bias(name), multiplier))
         return list(work.plans)
 
     @staticmethod

@@ -60,3 +60,11 @@ def test_engines_need_neither_torch_nor_transformers(path: Path) -> None:
             if found is not None and found not in seen:
                 seen.add(found)
                 chains.append((*chain, found))
+
+
+def test_submodules_of_onnx_ir_are_imported_where_they_are_used() -> None:
+    """Torch's exporter imports `onnx_ir.passes.common` too; where it has not run, `onnx_ir.passes` lacks it."""
+    for path in sorted((ROOT / "export").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        used = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        assert not [name for name in used if name.startswith("ir.passes.common")], path.relative_to(ROOT)

@@ -25,6 +25,7 @@ from samq.quant.config import Recipe, preset_names
 from samq.quant.quantize import quantize
 from samq.tools.demo.dataset import CHECKPOINT, IMAGES, SCENES
 from samq.tools.job import Job, open_data
+from samq.tools.markdown_table import line
 from samq.tools.progress import Reporter
 from samq.tools.report.environment import environment
 from samq.tools.stages import claim, load, recipe_of, run_stages
@@ -107,7 +108,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['file_ratio']:.3f}",
         "—" if compared is None else f"{compared['no_worse']}/{compared['layers']}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return line(cells)
 
 
 _SHOWN = ("miou_baseline", "miou_quantized", "miou_relative")

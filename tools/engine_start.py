@@ -81,7 +81,7 @@ def measure_engine_memory(parts: Sequence[Path]) -> int | None:
 def file_bytes(path: Path) -> int:
     """Bytes of a part's file and, where its weights stand beside it (ONNX, OpenVINO), of those."""
     beside = (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
-    return sum(file.stat().st_size for file in (path, *beside) if file.exists())
+    return path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file())
 
 
 def main() -> None:

@@ -10,15 +10,15 @@ where the machine is the reason. The float model is the method "fp32". Several p
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samq.errors import BadInput, MachineLacks
+from samq.errors import MachineLacks
 from samq.files import write_json
+from samq.tools.records import read_json_record
 
 FP32, PHOTOS = "fp32", "photos"
 
@@ -85,14 +85,11 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: there is none, or it is something else.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for key, figures in content["rows"].items():
-            key.index("/")
-            content["runs"][figures["run"]]["command"]
-            figures["scenes"], figures["code"]
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); measure first, or name another --json") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: is no record of bench_accuracy; name another --json") from error
-    return content
+    return read_json_record(path, "bench_accuracy", _check)
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    for key, figures in content["rows"].items():
+        key.index("/")
+        content["runs"][figures["run"]]["command"]
+        figures["scenes"], figures["code"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from samq.tools.bench_accuracy.bootstrap import Estimate, ratio
 from samq.tools.bench_accuracy.method import FORMS, MODELS, OURS, Method
 from samq.tools.bench_accuracy.record import FP32, PHOTOS
 from samq.tools.bench_accuracy.scenes import MEASURES
+from samq.tools.markdown_table import line
 
 Figures = Mapping[str, Any]
 
@@ -45,10 +46,10 @@ def _section(model: str, rows: Mapping[str, Figures], methods: Sequence[Method])
             continue
         yield f"**{form}**"
         yield ""
-        yield _line(columns)
-        yield _line(["---"] * len(columns))
+        yield line(columns)
+        yield line(["---"] * len(columns))
         for method in sorted(shown, key=lambda method: method.who != OURS):
-            yield _line(_cells(method, rows, exact, with_photos))
+            yield line(_cells(method, rows, exact, with_photos))
         yield ""
 
 
@@ -72,10 +73,6 @@ def _cells(method: Method, rows: Mapping[str, Figures], exact: Figures, with_pho
 
 def _shown(estimate: Estimate, form: str = ".4f") -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from samq.calib.parts import PARTS
@@ -14,7 +13,7 @@ from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import trace
 from samq.tools.bench_gpu.cells import DEMO
-from samq.tools.bench_gpu.subject import NOISE_IMAGES, Pixels, Subject
+from samq.tools.bench_gpu.subject import NOISE_IMAGES, Pixels, Subject, noise
 from samq.tools.demo.dataset import IMAGES
 
 MOST_CALIBRATION = 32
@@ -64,9 +63,7 @@ class Graphs:
     def calibration(self) -> list[Pixels]:
         """Images [1, 3, S, S] for peers to calibrate on: noise for random weights, else shipped scenes."""
         if self.subject.name != DEMO:
-            size = self.subject.model.config.prompt_encoder_config.image_size  # type: ignore[union-attr]
-            seeds = range(1, 1 + NOISE_IMAGES)  # as `Subject.quantized`
-            return [np.random.default_rng(s).standard_normal((1, 3, size, size), dtype=np.float32) for s in seeds]
+            return [noise(self.subject.model, 1, seed) for seed in range(1, 1 + NOISE_IMAGES)]  # as `Subject.quantized`
         shipped = take(open_source(str(IMAGES)), MOST_CALIBRATION)
         return [self.subject.processor(sample.image).pixel_values[None] for sample in shipped]
 

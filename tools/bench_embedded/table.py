@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
 from samq.tools.bench_embedded.rows import DECODERS, FP32, REWRITTEN, ROWS
 from samq.tools.evaluate import BOX, CLICK
+from samq.tools.markdown_table import table
 
 NONE = "—"
 SPEED = ("encoder", "ms, median", "ms, least", "× FP32", "× rewritten", "load + first, ms", "peak, MB", "file, MB")
@@ -21,11 +22,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     measured = [key for key in ROWS if "median_ms" in encoders.get(key, {})]
     parts = [
         "### SAM2.1 tiny, 1024×1024, random weights\n",
-        _table(SPEED, [_encoder(key, encoders) for key in measured]),
+        table(SPEED, [_encoder(key, encoders) for key in measured]),
         _reasons(encoders),
-        _table(CLICKS, [_decoder(key, decoders) for key in DECODERS]),
+        table(CLICKS, [_decoder(key, decoders) for key in DECODERS]),
         f"### The demo model, {record['scenes']} held-out scenes\n",
-        _table(MASKS, [_masks(key, record["masks"]) for key in ROWS if BOX in record["masks"].get(key, {})]),
+        table(MASKS, [_masks(key, record["masks"]) for key in ROWS if BOX in record["masks"].get(key, {})]),
         _reasons(record["masks"]),
         _source(record, encoders[FP32]["runs"], decoders[FP32]["runs"]),
     ]
@@ -70,10 +71,6 @@ def _masks(key: str, masks: Mapping[str, Any]) -> list[str]:
 def _reasons(rows: Mapping[str, Any]) -> str:
     told = [(key, rows[key]["reason"]) for key in ROWS if "reason" in rows.get(key, {})]
     return "".join(f"- {ROWS[key].title}: none: {reason}\n" for key, reason in told)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
 
 
 def _source(record: Mapping[str, Any], runs: int, clicks: int) -> str:

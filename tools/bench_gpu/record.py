@@ -9,19 +9,19 @@ took) and either `ms` and what else was measured, or `reason`, and `lacks` where
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from samq.errors import BadInput, UsageError
+from samq.errors import UsageError
 from samq.export.placement import SHIPPED, load_placement
 from samq.files import write_json
 from samq.quant.config import load_recipe
 from samq.tools.bench_gpu.cells import ROWS, Cell
 from samq.tools.bench_gpu.code import digest_of
+from samq.tools.records import read_json_record
 
 ENGINE_CODE = {
     "torch": ("samq.calib.parts",),
@@ -89,16 +89,13 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: there is none, or it is something else.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for figures in cells_of(content).values():
-            content["runs"][figures["run"]]["command"]
-        content["gpu"]
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); measure first, or name another --json") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: is no record of bench_gpu; name another --json") from error
-    return content
+    return read_json_record(path, "bench_gpu", _check)
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    for figures in cells_of(content).values():
+        content["runs"][figures["run"]]["command"]
+    content["gpu"]
 
 
 def cells_of(content: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:

@@ -64,7 +64,7 @@ class Subject:
         """Images to measure on [batch, 3, S, S]: held-out scenes for the demo model, noise for random weights."""
         if self.is_demo:
             return np.stack([self.processor(scene.image).pixel_values for scene in self.scenes(batch)])
-        return _noise(self.model, batch, seed=0)
+        return noise(self.model, batch, seed=0)
 
     def scenes(self, count: int) -> list[Sample]:
         """The first held-out scenes of the demo model; each is drawn once."""
@@ -99,10 +99,11 @@ class Subject:
         if self.is_demo:
             shipped = take(open_source(str(IMAGES)), recipe.calib.num_samples)
             return (torch.from_numpy(self.processor(sample.image).pixel_values)[None] for sample in shipped)
-        return (torch.from_numpy(_noise(self.model, 1, seed)) for seed in range(1, 1 + NOISE_IMAGES))
+        return (torch.from_numpy(noise(self.model, 1, seed)) for seed in range(1, 1 + NOISE_IMAGES))
 
 
-def _noise(model: Sam2Model, batch: int, seed: int) -> Pixels:
+def noise(model: Sam2Model, batch: int, seed: int) -> Pixels:
+    """Images [batch, 3, S, S] for random weights, drawn from the normal distribution."""
     config: Any = model.config
     size: int = config.prompt_encoder_config.image_size
     return np.random.default_rng(seed).standard_normal((batch, 3, size, size), dtype=np.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 from samq.tools.bench_gpu.cells import MODELS, NAIVE_FP16, OUR_FP16, ROWS, Cell
 from samq.tools.bench_gpu.record import cells_of
+from samq.tools.markdown_table import table
 
 Figures = Mapping[str, Any]
 
@@ -46,21 +47,17 @@ def _section(model: str, batch: int, rows: Mapping[str, Figures]) -> str:
     measured = [(name, figures) for name, figures in ordered if "ms" in figures]
     parts = [
         f"### {model}, batch {batch}\n",
-        _table(COLUMNS, [_line(name, figures, rows) for name, figures in measured]),
+        table(COLUMNS, [_line(name, figures, rows) for name, figures in measured]),
     ]
     compared = [(name, figures) for name, figures in measured if "masks" in figures]
     if compared:
         exact = rows.get(OUR_FP16, {}).get("masks")
-        parts.append(_table(MASK_COLUMNS, [_masks_line(name, figures["masks"], exact) for name, figures in compared]))
+        parts.append(table(MASK_COLUMNS, [_masks_line(name, figures["masks"], exact) for name, figures in compared]))
         parts.append(f"{MASK_LEGEND}\n")
     notes = [f"- {ROWS[name].title}: {note}" for name, figures in ordered for note in _notes(figures)]
     runs = sorted({figures["run"] for _, figures in ordered})
     notes.append(f"- Measured in run {', '.join(str(run + 1) for run in runs)}.\n")
     return "\n".join([*parts, *notes])
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
 
 
 def _line(name: str, figures: Figures, rows: Mapping[str, Figures]) -> list[str]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
 from samq.quant.config import Recipe
+from samq.tools.engine_start import file_bytes
 from samq.tools.evaluate import Record, summarize
 from samq.tools.job import Data, Job
 from samq.tools.outdir import STAGES, OutputDir
@@ -191,7 +191,7 @@ def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> d
         "onnx_fp32": [folder / "fp32" / f"{part}.onnx" for part in PARTS],
         "engine": target.files(out.path / "engines" / target.folder),
     }
-    sizes: dict[str, Any] = {f"{kind}_bytes": sum(map(_size, paths)) for kind, paths in files.items()}
+    sizes: dict[str, Any] = {f"{kind}_bytes": sum(map(file_bytes, paths)) for kind, paths in files.items()}
     before = sum(layer["fp16_bytes"] for layer in quantized)
     after = sum(layer["stored_bytes"] for layer in quantized)
     return sizes | {
@@ -201,9 +201,3 @@ def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> d
         "quantized_layers_ratio": after / before,
         "file_ratio": sizes["onnx_bytes"] / sizes["onnx_fp16_bytes"],
     }
-
-
-def _size(path: Path) -> int:
-    """Bytes of an ONNX file with its external data."""
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
