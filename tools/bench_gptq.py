@@ -4,22 +4,23 @@
 
 prints for each implementation the seconds, and the mean of the layers' ‖(W − Ŵ) X‖² / ‖W X‖² as a check that all of
 them did the same work: samq as `samq-export quantize` runs it (on a GPU, layers of one shape together) and one layer at
-a time; the plain loop over columns; llm-compressor's `quantize_weight` where that is installed. Second moments of the
-inputs are made beforehand and are not part of the time, nor is a first run that warms up. Groups are those of
-`int4_w4a8`, with one level of scales that clip nothing, which all implementations have.
+a time; the plain loop over columns; llm-compressor's `quantize_weight` where that is installed, eager and as its recipe
+calls it. Second moments of the inputs are made beforehand and are not part of the time, nor is a first run that warms
+up. Groups are those of `int4_w4a8`, with one level of scales that clip nothing, which all implementations have.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.gptq import gptq, gptq_together, inverse_cholesky, output_error
@@ -34,6 +35,7 @@ GRID = Grid(4, signed=True)
 BLOCK, DAMPING = 128, 0.01
 COMMON_DIRECTIONS = 16
 WARM_UP_LAYERS = 4
+NO_TRITON = "LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"
 
 Run = Callable[["Subject"], dict[str, Tensor]]
 
@@ -76,13 +78,12 @@ def main() -> int:
         "plain loop, layer by layer": _plain_loop,
     }
     peer = _llm_compressor()
-    if peer is not None:
-        rows["llm-compressor, layer by layer"] = peer
+    rows |= peer
     for name, run in rows.items():
         run(subject.first(WARM_UP_LAYERS))
         seconds, rounded = _timed(run, subject, device)
-        print(f"{name:32} {seconds:8.2f} s   mean relative error {_error(subject, rounded):.5f}", flush=True)
-    if peer is None:
+        print(f"{name:38} {seconds:8.2f} s   mean relative error {_error(subject, rounded):.5f}", flush=True)
+    if not peer:
         print("llm-compressor is not installed: no row")
     return 0
 
@@ -171,28 +172,43 @@ def _plain(weight: Tensor, hessian: Tensor, plan: LayerPlan) -> Tensor:
     return restored
 
 
-def _llm_compressor() -> Run | None:
-    """llm-compressor's GPTQ on the same layers, None where it is not installed."""
+def _llm_compressor() -> dict[str, Run]:
+    """llm-compressor's GPTQ on the same layers and scales, none where it is not installed.
+
+    Its recipe rounds layers of one shape together and by its Triton kernel on a GPU; eager, one by one, is what it does
+    without. It orders columns by activation as samq does.
+    """
     try:
-        module = importlib.import_module("llmcompressor.modifiers.quantization.gptq.gptq_quantize")
+        module = importlib.import_module("llmcompressor.modifiers.gptq.gptq_quantize")
         formats = importlib.import_module("compressed_tensors.quantization")
     except ImportError:
-        return None
+        return {}
 
     @torch.no_grad()
-    def run(subject: Subject) -> dict[str, Tensor]:
-        rounded = {}
-        for name, weight in subject.weights.items():
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
-            layer.weight.copy_(weight)
-            form = formats.QuantizationArgs(
-                num_bits=GRID.bits, symmetric=True, strategy="group", group_size=subject.plans[name].group_size
-            )
-            hessians = {layer: subject.hessians[name].clone()}  # which is used up
-            rounded[name] = module.quantize_weight(layer, form, hessians, BLOCK, DAMPING)[1]
+    def quantize(subject: Subject, names: Sequence[str]) -> dict[str, Tensor]:
+        group = subject.plans[names[0]].group_size
+        form = formats.QuantizationArgs(
+            num_bits=GRID.bits, symmetric=True, strategy="group", group_size=group, actorder="static"
+        )
+        scales = torch.stack([choose_scales(subject.weights[name], GRID, group, norm=None).step() for name in names])
+        weights, hessians = (torch.stack([of[n] for n in names]) for of in (subject.weights, subject.hessians))
+        zeros = torch.zeros_like(scales)
+        rounded = module.quantize_weight(weights, hessians, scales, zeros, None, form, BLOCK, DAMPING)[0]
+        return dict(zip(names, rounded, strict=True))
+
+    def eager(subject: Subject) -> dict[str, Tensor]:
+        os.environ[NO_TRITON] = "1"
+        rounded = {name: quantize(subject, [name])[name] for name in subject.plans}
+        del os.environ[NO_TRITON]
         return rounded
 
-    return run
+    def as_its_recipe(subject: Subject) -> dict[str, Tensor]:
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for name, plan in subject.plans.items():
+            alike.setdefault((plan.in_features, plan.out_features, plan.group_size), []).append(name)
+        return {name: w for names in alike.values() for name, w in quantize(subject, names).items()}
+
+    return {"llm-compressor, eager, layer by layer": eager, "llm-compressor, as in its recipe": as_its_recipe}
 
 
 if __name__ == "__main__":
