@@ -47,7 +47,7 @@ from samq.quant.config import load_recipe
 from samq.tools.bench_gpu import cells, graphs, onnxruntime_cell, record, runtimes, session, shells
 from samq.tools.bench_gpu.__main__ import main
 from samq.tools.bench_gpu.bench import Bench, Built, Lowered
-from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, expected_seconds, groups, plan
+from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, cell_of, expected_seconds, groups, plan
 from samq.tools.bench_gpu.code import digest_of, modules_of
 from samq.tools.bench_gpu.graphs import AtHand, Graphs
 from samq.tools.bench_gpu.masks import compare_masks
@@ -77,11 +77,17 @@ def test_cells_go_by_model_then_batch_then_row() -> None:
     assert [c.key for c in planned if c.with_masks] == ["demo/1/trt-fp16"]
 
 
+def test_a_cell_is_found_by_its_key() -> None:
+    planned = plan(["tiny", DEMO], [1, 8], [OUR_FP16, "torch-eager"])
+    assert [cell_of(c.key) for c in planned] == planned
+
+
 def test_only_neighbours_on_tensorrt_are_built_at_once() -> None:
     planned = plan(["tiny", "large"], [1], ["torch-eager", "ort-fp16", *TRT])
-    sizes = [[c.row.name for c in group] for group in groups(planned, 4) if group[0].model == "tiny"]
+    sizes = [[c.row.name for c in group] for group in groups(planned[: 2 + len(TRT)], 4)]
     assert sizes == [["torch-eager"], ["ort-fp16"], *(TRT[start : start + 4] for start in range(0, len(TRT), 4))]
-    assert all(len({c.model for c in group}) == 1 for group in groups(planned, 4))
+    (both,) = groups([cell(OUR_FP16), cell(OUR_FP16, "large")], 4)
+    assert [c.model for c in both] == ["tiny", "large"]
     assert [len(group) for group in groups(planned, 1)] == [1] * len(planned)
 
 
@@ -204,7 +210,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def run(rows: Sequence[str], raises: Mapping[str, BaseException] | None = None, **changes: Any) -> Any:
         stand = Stand(raises or {})
-        monkeypatch.setattr(session, "_one_at_a_time", lambda settings, device: lambda model: stand)
+        monkeypatch.setattr(session, "_benches", lambda settings, device: lambda model: stand)
         path = tmp_path / "gpu.json"
         values: dict[str, Any] = {
             "jobs": 1,
@@ -266,7 +272,8 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_is_not_there_cannot_be_asked_for() -> None:
-    for wrong in (["--rows", "trt-int2"], ["--models", "huge"], ["--batches", "0"], ["--level", "6"]):
+    cells = [["--cells", key] for key in ("tiny/1/trt-int2", "huge/1/trt-fp16", "tiny/0/trt-fp16", "tiny/trt-fp16")]
+    for wrong in (["--rows", "trt-int2"], ["--models", "huge"], ["--batches", "0"], ["--level", "6"], *cells):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2

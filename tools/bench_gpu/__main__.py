@@ -21,7 +21,7 @@ from pathlib import Path
 
 from samq.errors import SamqError
 from samq.tools.arguments import command_line, count
-from samq.tools.bench_gpu.cells import DEFAULT_BATCHES, DEFAULT_MODELS, MODELS, ROWS, plan
+from samq.tools.bench_gpu.cells import DEFAULT_BATCHES, DEFAULT_MODELS, MODELS, ROWS, Cell, cell_of, plan
 from samq.tools.bench_gpu.record import read_record
 from samq.tools.bench_gpu.session import Settings, measure, prepare
 from samq.tools.bench_gpu.table import markdown
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             deadline=None if given.seconds_left is None else time.monotonic() + given.seconds_left,
             command=command_line("samq.tools.bench_gpu", arguments),
         )
-        cells = plan(given.models, given.batches, given.rows)
+        cells = given.cells or plan(given.models, given.batches, given.rows)
         (prepare if given.prepare else measure)(cells, settings)
     except SamqError as error:
         print(f"bench_gpu: {error}", file=sys.stderr)
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
     parser.add_argument("--batches", nargs="+", type=count(), default=list(DEFAULT_BATCHES))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--cells", nargs="+", type=_cell, metavar="CELL", help="these alone, as tiny/1/trt-fp16")
     parser.add_argument("--scenes", type=count(), default=SCENES, help="held-out scenes for the demo model's masks")
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level")
     parser.add_argument("--jobs", type=count(), default=1, help="plans built at once, which disturbs their tuning")
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prepare", action="store_true", help="only trace the graphs into --work")
     parser.add_argument("--table", action="store_true", help="only print the record as Markdown")
     return parser
+
+
+def _cell(key: str) -> Cell:
+    try:
+        return cell_of(key)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -134,9 +134,22 @@ def plan(models: Sequence[str], batches: Sequence[int], rows: Sequence[str]) -> 
     return [Cell(model, batch, ROWS[row]) for model in models for batch in batches for row in rows]
 
 
+def cell_of(key: str) -> Cell:
+    """The cell of a name as it stands in the record.
+
+    Raises:
+        ValueError: there is no such model, batch or row.
+    """
+    model, _, rest = key.partition("/")
+    batch, _, row = rest.partition("/")
+    if model not in MODELS or not batch.isdecimal() or int(batch) < 1 or row not in ROWS:
+        raise ValueError(f"{key} is no cell; one is model/batch/row, as {DEFAULT_MODELS[0]}/1/{OUR_FP16}")
+    return Cell(model, int(batch), ROWS[row])
+
+
 def groups(cells: Sequence[Cell], jobs: int) -> Iterator[list[Cell]]:
-    """Cells whose engines are built at once: up to `jobs` neighbours of one model on TensorRT, any other alone."""
-    for (_, engine), neighbours in groupby(cells, lambda cell: (cell.model, cell.row.engine)):
+    """Cells whose engines are built at once: up to `jobs` neighbours on TensorRT, any other alone."""
+    for engine, neighbours in groupby(cells, lambda cell: cell.row.engine):
         waiting = list(neighbours)
         size = jobs if engine == "tensorrt" else 1
         for start in range(0, len(waiting), size):

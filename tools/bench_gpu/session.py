@@ -30,6 +30,7 @@ from samq.tools.targets import target_at_hand
 
 NO_GPU = "this measures an NVIDIA GPU, and PyTorch sees none; run it on one (--prepare and --table need none)"
 LONGEST_REASON = 300  # characters
+BenchOf = Callable[[str], Bench]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -60,7 +61,7 @@ class Settings:
 
 def prepare(cells: Sequence[Cell], settings: Settings) -> None:
     """Trace the graphs of all cells, which needs no GPU."""
-    bench_of = _one_at_a_time(settings, "cpu")
+    bench_of = _benches(settings, "cpu")
     for cell in cells:
         bench_of(cell.model).graphs.prepare(cell)
 
@@ -75,7 +76,7 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
     if not torch.cuda.is_available():
         raise MachineLacks(NO_GPU)
     record = Record(settings.json, facts(settings.command))
-    bench_of = _one_at_a_time(settings, "cuda")
+    bench_of = _benches(settings, "cuda")
     due = [cell for cell in cells if settings.redo or record.is_due(cell)]
     print(f"{len(cells)} cells, {len(due)} to measure", flush=True)
     for group in groups(due, settings.jobs):
@@ -83,22 +84,16 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
         if settings.deadline is not None and time.monotonic() + seconds > settings.deadline:
             print(f"left for later: {', '.join(c.key for c in group)}, about {seconds:.0f} s", flush=True)
             continue
-        for cell, figures in _figures(bench_of(group[0].model), group):
+        for cell, figures in _figures(bench_of, group):
             record.put(cell, figures)
             print(progress_line(cell, figures), flush=True)
 
 
-def _one_at_a_time(settings: Settings, device: str) -> Callable[[str], Bench]:
-    """The bench of a model; the one before it is dropped, for two large ones would fill the memory."""
-    last: list[Bench] = []
-
-    def bench_of(model: str) -> Bench:
-        if not last or last[0].subject.name != model:
-            last.clear()
-            last.append(Bench(Subject.load(model, device), settings.work, _at_hand, settings.level, settings.scenes))
-        return last[0]
-
-    return bench_of
+def _benches(settings: Settings, device: str) -> BenchOf:
+    """The bench of a model, made when it is first asked for."""
+    return cache(
+        lambda model: Bench(Subject.load(model, device), settings.work, _at_hand, settings.level, settings.scenes)
+    )
 
 
 @cache
@@ -107,25 +102,25 @@ def _at_hand() -> AtHand:
     return AtHand(target_at_hand(), shipped_for(gpu.name, version))
 
 
-def _figures(bench: Bench, group: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _figures(bench_of: BenchOf, group: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Build all engines of a group, then measure one after the other."""
     with ThreadPoolExecutor(len(group)) as pool:
-        futures = [_start(pool, bench, cell) for cell in group]
+        futures = [_start(pool, bench_of(cell.model), cell) for cell in group]
     for cell, future in zip(group, futures, strict=True):
-        yield cell, attempt(bench, cell, future)
+        yield cell, _attempt(bench_of(cell.model), cell, future)
 
 
 def _start(pool: ThreadPoolExecutor, bench: Bench, cell: Cell) -> Future[Built]:
     """Lower a cell, and let its engines be built while the next one is lowered."""
     try:
         return pool.submit(bench.build, cell, bench.lower(cell))
-    except Exception as error:  # it belongs to this cell, see `attempt`
+    except Exception as error:  # it belongs to this cell, see `_attempt`
         failed: Future[Built] = Future()
         failed.set_exception(error)
         return failed
 
 
-def attempt(bench: Bench, cell: Cell, built: Future[Built]) -> dict[str, Any]:
+def _attempt(bench: Bench, cell: Cell, built: Future[Built]) -> dict[str, Any]:
     """The figures of a cell, or the reason why there are none: what one engine raises must not cost the others."""
     started = time.monotonic()
     try:
