@@ -50,7 +50,7 @@ from samq.tools.bench_gpu.bench import Bench, Built, Lowered
 from samq.tools.bench_gpu.cells import DEMO, NAIVE_FP16, OUR_FP16, ROWS, Cell, cell_of, expected_seconds, groups, plan
 from samq.tools.bench_gpu.code import digest_of, modules_of
 from samq.tools.bench_gpu.graphs import AtHand, Graphs
-from samq.tools.bench_gpu.masks import compare_masks
+from samq.tools.bench_gpu.masks import compare_masks, miou
 from samq.tools.bench_gpu.record import Record, code_digest, read_record
 from samq.tools.bench_gpu.subject import Pixels, Subject
 from samq.tools.bench_gpu.table import markdown
@@ -179,8 +179,11 @@ def test_another_file_is_no_record(tmp_path: Path, text: str) -> None:
 class Stand:
     """In the place of `Bench`: figures at once, and what is to be raised for some rows."""
 
-    def __init__(self, raises: Mapping[str, BaseException]) -> None:
-        self.raises, self.measured = raises, list[str]()
+    def __init__(self, raises: Mapping[str, BaseException], unbuilt: Sequence[str]) -> None:
+        self.raises, self.unbuilt, self.measured = raises, unbuilt, list[str]()
+
+    def is_built(self, cell: Cell, lowered: Lowered) -> bool:
+        return cell.row.name not in self.unbuilt
 
     def lower(self, cell: Cell) -> Lowered:
         if isinstance(self.raises.get(cell.row.name), MachineLacks):
@@ -208,12 +211,18 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(session, "facts", lambda command: RUN | {"command": command})
 
-    def run(rows: Sequence[str], raises: Mapping[str, BaseException] | None = None, **changes: Any) -> Any:
-        stand = Stand(raises or {})
+    def run(
+        rows: Sequence[str],
+        raises: Mapping[str, BaseException] | None = None,
+        unbuilt: Sequence[str] = (),
+        **changes: Any,
+    ) -> Any:
+        stand = Stand(raises or {}, unbuilt)
         monkeypatch.setattr(session, "_benches", lambda settings, device: lambda model: stand)
         path = tmp_path / "gpu.json"
         values: dict[str, Any] = {
             "jobs": 1,
+            "built": False,
             "level": 3,
             "scenes": 1,
             "redo": False,
@@ -259,6 +268,13 @@ def test_nothing_is_started_that_cannot_end(start: Start, capsys: pytest.Capture
     assert stand.measured == ["torch-eager"]
     assert kept.keys() == {"tiny/1/torch-eager"}
     assert "left for later: tiny/1/trt-fp16" in capsys.readouterr().out
+
+
+def test_what_is_not_built_can_be_left_for_later(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    stand, kept = start([OUR_FP16, "torch-eager"], unbuilt=(OUR_FP16,), built=True)
+    assert stand.measured == ["torch-eager"]
+    assert kept.keys() == {"tiny/1/torch-eager"}
+    assert "left for later: tiny/1/trt-fp16, not built" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a CUDA GPU here")
@@ -422,8 +438,10 @@ def test_masks_are_compared_with_the_simulation(subject: Subject, made: Graphs) 
     ]
     engines = Predictor(OnnxRuntimeEngine(made.encoder(exact).path), runtimes.ByPoints(decoders))
     found = compare_masks(torch_predictor(subject.model), engines, [scene], processor)
+    alone = miou(torch_predictor(subject.model), [scene], processor)
     assert found["scenes"] == 1
     for kind in ("box", "click"):
+        assert alone[kind] == found[kind]["simulated"]
         assert found[kind]["prompts"] == 2
         assert found[kind]["agreement"] > 0.999
         assert found[kind]["engines"] == pytest.approx(found[kind]["simulated"], abs=1e-3)
@@ -435,6 +453,34 @@ def test_the_decoders_fit_every_target(target: TensorRtTarget, subject: Subject,
     for graph in Graphs(subject, made.work, lambda: AtHand(target)).decoders(cell("trt-w8a8", "small")).values():
         assert lint(ir.load(graph.path), target) == []
         assert bool(graph.float32) == (not target.strongly_typed)
+
+
+def test_plans_are_built_alone(
+    tmp_path: Path, subject: Subject, made: Graphs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of all cells; what cannot be built costs the others nothing."""
+    built: list[Path] = []
+
+    def build_plan(onnx_path: Path, folder: Path, options: BuildOptions) -> Path:
+        if "naive" in onnx_path.name:
+            raise MachineLacks("out of memory")
+        built.append(onnx_path)
+        return folder / onnx_path.name
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtimes, "build_plan", build_plan)
+    bench = Bench(subject, made.work, lambda: AtHand(TRT8), 3, 1)
+    monkeypatch.setattr(session, "_benches", lambda settings, device: lambda model: bench)
+    cells = [cell(row, "small") for row in (OUR_FP16, "torch-eager", NAIVE_FP16, "trt-w8a8")]
+    session.build(cells, session.Settings(tmp_path / "gpu.json", tmp_path, 2, False, 3, 1, False, None, "bench"))
+    assert len(set(built)) == len(built) == 2
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in sorted(told)] == [
+        f"small/1/{row}" for row in (OUR_FP16, NAIVE_FP16, "trt-w8a8")
+    ]
+    assert [line for line in told if line.endswith(": out of memory")] == [line for line in told if NAIVE_FP16 in line]
+    assert not bench.is_built(cells[0], bench.lower(cells[0]))
+    assert bench.is_built(cells[1], bench.lower(cells[1]))
 
 
 def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
@@ -468,7 +514,7 @@ def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
 
 
 def build(onnx_path: Path, folder: Path, float32: tuple[str, ...] = ()) -> Path:
-    return runtimes.build_plan(onnx_path, folder, float32, BuildOptions())
+    return runtimes.build_plan(onnx_path, folder, BuildOptions(float32=float32))
 
 
 def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,9 +626,9 @@ def matmuls(path: Path) -> list[str]:
 # --- the tables
 
 
-def _masks(engines: float, simulated: float, scenes: int = 9) -> dict[str, Any]:
+def _masks(engines: float, simulated: float) -> dict[str, Any]:
     told = {"engines": engines, "simulated": simulated, "agreement": 1.0, "prompts": 3}
-    return {"scenes": scenes, "box": told, "click": told}
+    return {"scenes": 9, "box": told, "click": told, "float": {"box": 0.8, "click": 0.8}}
 
 
 def _content() -> dict[str, Any]:
@@ -599,7 +645,6 @@ def _content() -> dict[str, Any]:
                 "on_cpu": ["node_pad_1 (Pad)", "node_pad_2 (Pad)"],
             },
             "demo/1/trt-fp16": done | {"ms": 1.5, "graph_ms": 1.2, "masks": _masks(0.8, 0.8)},
-            "demo/1/trt-w4a8": done | {"ms": 1.0, "masks": _masks(0.7, 0.7, scenes=3)},
             "demo/1/trt-naive-fp16": done
             | {"ms": 3.0, "megabytes": 12.34, "relative_error": 0.00123, "note": "as it is"},
             "demo/1/torch-eager": done | {"reason": "no such device", "lacks": True},
@@ -617,9 +662,8 @@ def test_the_tables_show_what_was_measured() -> None:
     assert times[ROWS["trt-naive-fp16"].title][2:6] == ["1.00", "12.3", "—", "1.2e-03"]
     assert times[ROWS["torch-eager"].title][:3] == ["100.00", "—", "—"]
     assert list(times).index(ROWS["trt-naive-fp16"].title) < list(times).index(ROWS["trt-fp16"].title)
-    assert masks[ROWS["trt-fp16"].title] == ["1.0000"] * 4
-    assert masks[ROWS["trt-w8a8"].title] == ["0.9625", "0.9750"] * 2
-    assert masks[ROWS["trt-w4a8"].title] == ["—"] * 4
+    assert masks[ROWS["trt-fp16"].title] == ["9", *["1.0000"] * 4]
+    assert masks[ROWS["trt-w8a8"].title] == ["9", *["0.9625", "0.9750"] * 2]
     assert f"- {ROWS['torch-eager'].title}: none: no such device" in lines
     assert f"- {ROWS['trt-naive-fp16'].title}: as it is" in lines
     assert f"- {ROWS['trt-w8a8'].title}: executes 60 × FP16 GEMM, 3 × INT8 GEMM" in lines

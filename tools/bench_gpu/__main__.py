@@ -1,6 +1,7 @@
 """Every way to run SAM2's image encoder on this GPU, measured: PyTorch, ONNX Runtime, and TensorRT, naive and ours.
 
     python -m samq.tools.bench_gpu --prepare --work FOLDER        traces the graphs; needs no GPU, but takes minutes
+    python -m samq.tools.bench_gpu --build --work FOLDER          builds the plans, --jobs at once
     python -m samq.tools.bench_gpu --work FOLDER --json FILE      measures what is not in FILE yet, cell by cell
     python -m samq.tools.bench_gpu --json FILE --table            prints FILE as Markdown; needs no GPU
 
@@ -23,7 +24,7 @@ from samq.errors import SamqError
 from samq.tools.arguments import command_line, count
 from samq.tools.bench_gpu.cells import DEFAULT_BATCHES, DEFAULT_MODELS, MODELS, ROWS, Cell, cell_of, plan
 from samq.tools.bench_gpu.record import read_record
-from samq.tools.bench_gpu.session import Settings, measure, prepare
+from samq.tools.bench_gpu.session import Settings, build, measure, prepare
 from samq.tools.bench_gpu.table import markdown
 from samq.tools.demo.dataset import SCENES
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             json=given.json,
             work=given.work,
             jobs=given.jobs,
+            built=given.built,
             level=given.level,
             scenes=given.scenes,
             redo=given.redo,
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             command=command_line("samq.tools.bench_gpu", arguments),
         )
         cells = given.cells or plan(given.models, given.batches, given.rows)
-        (prepare if given.prepare else measure)(cells, settings)
+        (prepare if given.prepare else build if given.build else measure)(cells, settings)
     except SamqError as error:
         print(f"bench_gpu: {error}", file=sys.stderr)
         return error.exit_code
@@ -68,8 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=count(), default=1, help="plans built at once, which disturbs their tuning")
     parser.add_argument("--seconds-left", type=float, help="start nothing that is not expected to end within this time")
     parser.add_argument("--redo", action="store_true", help="measure again what is measured")
-    parser.add_argument("--prepare", action="store_true", help="only trace the graphs into --work")
-    parser.add_argument("--table", action="store_true", help="only print the record as Markdown")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--prepare", action="store_true", help="only trace the graphs into --work")
+    only.add_argument("--build", action="store_true", help="only build the plans into --work")
+    only.add_argument("--built", action="store_true", help="measure only what is built")
+    only.add_argument("--table", action="store_true", help="only print the record as Markdown")
     return parser
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from samq.engines.tensorrt_plan import BuildOptions
 from samq.tools.bench_gpu import runtimes
 from samq.tools.bench_gpu.cells import Cell
 from samq.tools.bench_gpu.graphs import AtHand, Graph, Graphs
-from samq.tools.bench_gpu.masks import compare_masks
+from samq.tools.bench_gpu.masks import compare_masks, miou
 from samq.tools.bench_gpu.subject import Pixels, Subject
 from samq.tools.metrics import likeness
 from samq.tools.simulation import torch_predictor
@@ -35,6 +36,11 @@ class Lowered:
     encoder: Graph | None
     decoders: dict[int, Graph]
     seconds: float
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """All of them."""
+        return [*([] if self.encoder is None else [self.encoder]), *self.decoders.values()]
 
 
 @dataclass(frozen=True)
@@ -93,14 +99,28 @@ class Bench:
         started = time.monotonic()
         if lowered.encoder is None:
             return Built(None, {}, {}, lowered.seconds)
-        path = self._built(cell, lowered.encoder)
-        plans = {points: self._built(cell, graph) for points, graph in lowered.decoders.items()}
+        path = self.engine(cell, lowered.encoder)
+        plans = {points: self.engine(cell, graph) for points, graph in lowered.decoders.items()}
         return Built(path, plans, lowered.encoder.facts, lowered.seconds + time.monotonic() - started)
 
-    def _built(self, cell: Cell, graph: Graph) -> Path:
+    def engine(self, cell: Cell, graph: Graph) -> Path:
+        """The plan of one of a cell's graphs, built where it is not there yet; the graph itself off TensorRT.
+
+        Raises:
+            SamqError: as the builder does.
+        """
         if cell.row.engine != "tensorrt":
             return graph.path
-        return runtimes.build_plan(graph.path, self._plans, graph.float32, self._options)
+        return runtimes.build_plan(graph.path, self._plans, self._asked(graph))
+
+    def is_built(self, cell: Cell, lowered: Lowered) -> bool:
+        """Whether nothing of a cell is left to build."""
+        return cell.row.engine != "tensorrt" or all(
+            runtimes.is_whole(runtimes.plan_of(graph.path, self._plans, self._asked(graph))) for graph in lowered.graphs
+        )
+
+    def _asked(self, graph: Graph) -> BuildOptions:
+        return replace(self._options, float32=graph.float32)
 
     def figures(self, cell: Cell, built: Built) -> dict[str, Any]:
         """The figures of a cell, taken with the GPU to itself.
@@ -143,4 +163,9 @@ class Bench:
         model = self.subject.on_device if preset is None else self.subject.quantized(preset).model
         scenes = self.subject.scenes(self.scenes)
         with runtimes.tensorrt_predictor(encoder, decoders) as engines:
-            return compare_masks(torch_predictor(model), engines, scenes, self.subject.processor)
+            found = compare_masks(torch_predictor(model), engines, scenes, self.subject.processor)
+        return found | {"float": self._float_miou}
+
+    @cached_property
+    def _float_miou(self) -> dict[str, float]:
+        return miou(torch_predictor(self.subject.on_device), self.subject.scenes(self.scenes), self.subject.processor)

@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -183,24 +183,32 @@ def _worker() -> Iterator[Worker]:
         worker.close()
 
 
-def build_plan(onnx: Path, folder: Path, float32: tuple[str, ...], options: BuildOptions) -> Path:
-    """The plan of a graph, from `folder` where the same graph was built there before by the same code.
+def plan_of(onnx: Path, folder: Path, options: BuildOptions) -> Path:
+    """Where the plan of a graph is kept: one for the same graph, options and code."""
+    how = hashlib.sha256(f"{options} {digest_of(BUILDER_CODE)}".encode()).hexdigest()
+    return folder / f"{sha256_of(onnx)[:16]}-{how[:16]}.plan"
 
-    Args:
-        float32: names of nodes that a weakly typed TensorRT must keep in float32.
+
+def is_whole(plan: Path) -> bool:
+    """Whether a plan is there, and what goes with it."""
+    try:
+        load_info(plan)
+    except BadInput:
+        return False
+    return True
+
+
+def build_plan(onnx: Path, folder: Path, options: BuildOptions) -> Path:
+    """The plan of a graph, from `folder` where the same was built there before.
 
     Raises:
         SamqError: as `samq.engines.tensorrt_build.build_engine`.
     """
-    asked = replace(options, float32=float32)
-    how = hashlib.sha256(f"{asked} {digest_of(BUILDER_CODE)}".encode()).hexdigest()
-    plan = folder / f"{sha256_of(onnx)[:16]}-{how[:16]}.plan"
+    plan = plan_of(onnx, folder, options)
     with _BUILDING[plan]:  # two rows may have one graph
-        try:
-            load_info(plan)
-        except BadInput:  # not there, or not whole
+        if not is_whole(plan):
             with _worker() as worker:
-                worker.build(onnx, plan, asked)
+                worker.build(onnx, plan, options)
     return plan
 
 

@@ -22,7 +22,7 @@ from samq.errors import MachineLacks, SamqError
 from samq.export.placement import shipped_for
 from samq.tools.bench_gpu.bench import Bench, Built
 from samq.tools.bench_gpu.cells import Cell, expected_seconds, groups
-from samq.tools.bench_gpu.graphs import AtHand
+from samq.tools.bench_gpu.graphs import AtHand, Graph
 from samq.tools.bench_gpu.record import Record
 from samq.tools.bench_gpu.subject import Subject
 from samq.tools.bench_gpu.table import progress_line
@@ -42,6 +42,7 @@ class Settings:
         json: the record.
         work: folder of graphs and plans.
         jobs: plans built at once.
+        built: leave for later what is not built yet.
         level: TensorRT's optimization level.
         scenes: held-out scenes on which masks are compared.
         redo: measure again what is measured.
@@ -52,6 +53,7 @@ class Settings:
     json: Path
     work: Path
     jobs: int
+    built: bool
     level: int
     scenes: int
     redo: bool
@@ -66,6 +68,36 @@ def prepare(cells: Sequence[Cell], settings: Settings) -> None:
         bench_of(cell.model).graphs.prepare(cell)
 
 
+def build(cells: Sequence[Cell], settings: Settings) -> None:
+    """Only build what plans are missing, `settings.jobs` at once, whichever cells they belong to.
+
+    Raises:
+        MachineLacks: PyTorch sees no GPU.
+    """
+    _need_gpu()
+    bench_of = _benches(settings, "cuda")
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        for cell in (cell for cell in cells if cell.row.engine == "tensorrt"):
+            bench = bench_of(cell.model)
+            try:
+                graphs = bench.lower(cell).graphs
+            except Exception as error:  # it belongs to this cell
+                print(f"{cell.key}: {reason(error)}", flush=True)
+                continue
+            for graph in graphs:
+                pool.submit(_say_built, bench, cell, graph)
+
+
+def _say_built(bench: Bench, cell: Cell, graph: Graph) -> None:
+    started = time.monotonic()
+    try:
+        bench.engine(cell, graph)
+        told = f"{time.monotonic() - started:.0f} s"
+    except Exception as error:  # it belongs to this plan; measuring its cell tells it again
+        told = reason(error)
+    print(f"{cell.key}, {graph.path.name}: {told}", flush=True)
+
+
 def measure(cells: Sequence[Cell], settings: Settings) -> None:
     """Measure what is due on the GPU at hand, and keep each figure at once.
 
@@ -73,8 +105,7 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
         MachineLacks: PyTorch sees no GPU, or the record cannot be written.
         UsageError, BadInput: as `Record`.
     """
-    if not torch.cuda.is_available():
-        raise MachineLacks(NO_GPU)
+    _need_gpu()
     record = Record(settings.json, facts(settings.command))
     bench_of = _benches(settings, "cuda")
     due = [cell for cell in cells if settings.redo or record.is_due(cell)]
@@ -84,9 +115,18 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
         if settings.deadline is not None and time.monotonic() + seconds > settings.deadline:
             print(f"left for later: {', '.join(c.key for c in group)}, about {seconds:.0f} s", flush=True)
             continue
-        for cell, figures in _figures(bench_of, group):
+        ready = [cell for cell in group if not settings.built or _is_built(bench_of(cell.model), cell)]
+        for cell in group:
+            if cell not in ready:
+                print(f"left for later: {cell.key}, not built", flush=True)
+        for cell, figures in _figures(bench_of, ready) if ready else ():
             record.put(cell, figures)
             print(progress_line(cell, figures), flush=True)
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise MachineLacks(NO_GPU)
 
 
 def _benches(settings: Settings, device: str) -> BenchOf:
@@ -108,6 +148,14 @@ def _figures(bench_of: BenchOf, group: Sequence[Cell]) -> Iterator[tuple[Cell, d
         futures = [_start(pool, bench_of(cell.model), cell) for cell in group]
     for cell, future in zip(group, futures, strict=True):
         yield cell, _attempt(bench_of(cell.model), cell, future)
+
+
+def _is_built(bench: Bench, cell: Cell) -> bool:
+    """Whether there is nothing to build; what cannot be lowered gets its reason when it is measured."""
+    try:
+        return bench.is_built(cell, bench.lower(cell))
+    except Exception:
+        return True
 
 
 def _start(pool: ThreadPoolExecutor, bench: Bench, cell: Cell) -> Future[Built]:

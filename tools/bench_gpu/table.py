@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samq.tools.bench_gpu.cells import MODELS, NAIVE_FP16, OUR_FP16, ROWS, Cell
+from samq.tools.bench_gpu.cells import MODELS, NAIVE_FP16, ROWS, Cell
+from samq.tools.bench_gpu.masks import KINDS
 from samq.tools.bench_gpu.record import cells_of
 from samq.tools.markdown_table import table
 
@@ -14,8 +15,7 @@ Figures = Mapping[str, Any]
 
 NONE = "—"
 COLUMNS = ("encoder", "ms", "ms, CUDA graph", "naive FP16 / this", "engine MB", "build s", "error", "simulated")
-MASK_COLUMNS = ("encoder and decoder", "box: engines", "box: simulated", "click: engines", "click: simulated")
-KINDS = ("box", "click")
+MASK_COLUMNS = ("encoder and decoder", "scenes", "box: engines", "box: simulated", "click: engines", "click: simulated")
 LEGEND = (
     "ms: median of 100 runs after a warm-up, by CUDA events, inputs and outputs on the GPU; ONNX Runtime's by the "
     "host's clock around runs that wait for the GPU, and of fewer runs (10 at least) where one takes over 0.2 s. "
@@ -51,8 +51,7 @@ def _section(model: str, batch: int, rows: Mapping[str, Figures]) -> str:
     ]
     compared = [(name, figures) for name, figures in measured if "masks" in figures]
     if compared:
-        exact = rows.get(OUR_FP16, {}).get("masks")
-        parts.append(table(MASK_COLUMNS, [_masks_line(name, figures["masks"], exact) for name, figures in compared]))
+        parts.append(table(MASK_COLUMNS, [_masks_line(name, figures["masks"]) for name, figures in compared]))
         parts.append(f"{MASK_LEGEND}\n")
     notes = [f"- {ROWS[name].title}: {note}" for name, figures in ordered for note in _notes(figures)]
     runs = sorted({figures["run"] for _, figures in ordered})
@@ -80,12 +79,10 @@ def _shortest(figures: Figures) -> float | None:
     return min((figures[key] for key in ("ms", "graph_ms") if figures.get(key) is not None), default=None)
 
 
-def _masks_line(name: str, masks: Figures, exact: Figures | None) -> list[str]:
-    """Relative mIoU by kind, through the engines and simulated; FP32's own is what the FP16 row simulates."""
-    if exact is None or masks["scenes"] != exact["scenes"]:
-        return [ROWS[name].title, *[NONE] * (len(MASK_COLUMNS) - 1)]
-    relative = [masks[kind][source] / exact[kind]["simulated"] for kind in KINDS for source in ("engines", "simulated")]
-    return [ROWS[name].title, *(_shown(value, ".4f") for value in relative)]
+def _masks_line(name: str, masks: Figures) -> list[str]:
+    """Relative mIoU by kind, through the engines and simulated."""
+    relative = [masks[kind][source] / masks["float"][kind] for kind in KINDS for source in ("engines", "simulated")]
+    return [ROWS[name].title, str(masks["scenes"]), *(f"{value:.4f}" for value in relative)]
 
 
 def _notes(figures: Figures) -> Sequence[str]:
