@@ -7,7 +7,8 @@ Weight, one level    DequantizeLinear(codes, scale[, zero_point], block) → (Ma
 Weight, two levels   DequantizeLinear(codes, group_scale[, zero_point], block)   integers up to ±127
                      → QuantizeLinear(1) → DequantizeLinear(channel_scale)       exactly a per-channel INT8 weight
 Multiplier           x → Mul(p) in front of all that follows
-Low-rank branch      x → MatMul(down) → MatMul(up) → Add to the result; nodes `<layer>/low_rank/…`, role "low_rank"
+Low-rank branch      x → MatMul(down) → MatMul(up) → Add to the result; nodes `<layer>/low_rank/…`, role "low_rank";
+                     layers that share `down` read one constant and, where they read one x, one MatMul
 
 Weights stand as [K, N], as MatMul reads them. Every node is called `<layer>/…`; the GEMM is `<layer>/MatMul`.
 """
@@ -43,7 +44,7 @@ def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) ->
         model: a skeleton from `samq.export.trace`.
         layers: the float layer or the codes of every site, by layer name.
     """
-    graph = model.graph
+    graph, branches = model.graph, _Branches()
     for boundary in _nodes(graph, BOUNDARY_OP):
         _name_tokens(graph, boundary)
     for site in _nodes(graph, SITE_OP):
@@ -53,7 +54,7 @@ def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) ->
         x, result = site.inputs[0], site.outputs[0]
         assert x is not None
         if isinstance(layer, LayerCodes):
-            filled = _quantized(writer, x, layer, result)
+            filled = _quantized(writer, x, layer, result, branches)
         else:
             weight = writer.constant(_array(layer.weight.T), "weight")
             filled = _gemm(writer, x, weight, layer.bias, result)
@@ -113,13 +114,13 @@ def _gemm(writer: Writer, x: ir.Value, weight: ir.Value, bias: Tensor | None, li
     return writer.node("Add", [result, constant], "Add", dtype=FLOAT, shape=like.shape)
 
 
-def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value) -> ir.Value:
+def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value, branches: _Branches) -> ir.Value:
     if layer.multiplier is not None:
         multiplier = writer.constant(_array(layer.multiplier), "multiplier")
         x = writer.node("Mul", [x, multiplier], "multiplied", dtype=FLOAT, shape=x.shape)
     inputs = x if layer.inputs is None else _quantized_inputs(writer, x, layer.inputs, layer.weight.codes.shape[1])
     result = _gemm(writer, inputs, _quantized_weight(writer, layer.weight), layer.bias, like)
-    return result if layer.branch is None else _branch(writer, x, layer.branch, result)
+    return result if layer.branch is None else branches.add(writer, x, layer.branch, layer.down_of, result)
 
 
 def _quantized_inputs(writer: Writer, x: ir.Value, grid: InputGrid, width: int) -> ir.Value:
@@ -148,12 +149,15 @@ def _dynamic_scale(writer: Writer, x: ir.Value, grid: InputGrid) -> ir.Value:
     """max|x| / qmax; [..., 1] per token, a scalar per tensor."""
     per_token = grid.granularity == "per_token"
     axes = [writer.constant(np.array([-1]), "token_axis")] if per_token else []
+    shape = None if x.shape is None else ir.Shape([*x.shape[:-1], 1] if per_token else [])
     magnitude = writer.node("Abs", [x], "Abs", dtype=FLOAT, shape=x.shape)
-    largest = writer.node("ReduceMax", [magnitude, *axes], "ReduceMax", dtype=FLOAT, keepdims=int(per_token))
+    largest = writer.node(
+        "ReduceMax", [magnitude, *axes], "ReduceMax", dtype=FLOAT, shape=shape, keepdims=int(per_token)
+    )
     floor = writer.constant(np.float32(SMALLEST_RANGE).reshape(()), "smallest_range")
-    bounded = writer.node("Max", [largest, floor], "Max", dtype=FLOAT)
+    bounded = writer.node("Max", [largest, floor], "Max", dtype=FLOAT, shape=shape)
     qmax = writer.constant(np.float32(grid.qmax).reshape(()), "qmax")
-    return writer.node("Div", [bounded, qmax], "input_scale", dtype=FLOAT)
+    return writer.node("Div", [bounded, qmax], "input_scale", dtype=FLOAT, shape=shape)
 
 
 def _quantized_weight(writer: Writer, weight: QuantizedWeight) -> ir.Value:
@@ -194,18 +198,35 @@ def _quantized_weight(writer: Writer, weight: QuantizedWeight) -> ir.Value:
     )  # fmt: skip
 
 
-def _branch(writer: Writer, x: ir.Value, branch: LowRank, result: ir.Value) -> ir.Value:
-    """result + (x downᵀ) upᵀ, the factors stored in FP16."""
-    factors = []
-    for name, factor in (("down", branch.down), ("up", branch.up)):
-        stored = writer.constant(_array(factor.T).astype(np.float16), f"{LOW_RANK}/{name}_weight")
-        shape = stored.shape
-        factors.append(
-            writer.node("Cast", [stored], f"{LOW_RANK}/{name}_cast", dtype=FLOAT, shape=shape, role=LOW_RANK, to=FLOAT)
+class _Branches:
+    """Writes low-rank branches and keeps what layers share of them."""
+
+    def __init__(self) -> None:
+        self._factors: dict[str, ir.Value] = {}
+        self._narrow: dict[tuple[str, ir.Value], ir.Value] = {}
+
+    def add(self, writer: Writer, x: ir.Value, branch: LowRank, down_of: str | None, result: ir.Value) -> ir.Value:
+        """result + (x downᵀ) upᵀ, the factors stored in FP16; `down` is that of another layer if `down_of` names it."""
+        owner = down_of or writer.layer
+        if owner not in self._factors:
+            self._factors[owner] = self._factor(writer, branch.down, "down")
+        key = owner, x
+        if key not in self._narrow:
+            self._narrow[key] = writer.node(
+                "MatMul", [x, self._factors[owner]], f"{LOW_RANK}/down", dtype=FLOAT, role=LOW_RANK
+            )
+        up = self._factor(writer, branch.up, "up")
+        wide = writer.node(
+            "MatMul", [self._narrow[key], up], f"{LOW_RANK}/up", dtype=FLOAT, shape=result.shape, role=LOW_RANK
         )
-    narrow = writer.node("MatMul", [x, factors[0]], f"{LOW_RANK}/down", dtype=FLOAT, role=LOW_RANK)
-    wide = writer.node("MatMul", [narrow, factors[1]], f"{LOW_RANK}/up", dtype=FLOAT, shape=result.shape, role=LOW_RANK)
-    return writer.node("Add", [result, wide], f"{LOW_RANK}/Add", dtype=FLOAT, shape=result.shape, role=LOW_RANK)
+        return writer.node("Add", [result, wide], f"{LOW_RANK}/Add", dtype=FLOAT, shape=result.shape, role=LOW_RANK)
+
+    @staticmethod
+    def _factor(writer: Writer, factor: Tensor, name: str) -> ir.Value:
+        stored = writer.constant(_array(factor.T).astype(np.float16), f"{LOW_RANK}/{name}_weight")
+        return writer.node(
+            "Cast", [stored], f"{LOW_RANK}/{name}_cast", dtype=FLOAT, shape=stored.shape, role=LOW_RANK, to=FLOAT
+        )
 
 
 def _codes(codes: Tensor, bits: int, signed: bool) -> NDArray[np.generic]:

@@ -105,6 +105,8 @@ class LowRankConfig(_Section):
         default=False,
         description="alternate SVD and quantizer while the layer's output error falls",
     )
+    shared_down: bool = False
+    """One down-projection for layers that read the same tokens (`samq.quant.sites.same_inputs`), and their form."""
     max_overhead: float | None = Field(
         default=0.027,
         gt=0,

@@ -69,6 +69,13 @@ class Scales:
     channel_scale: Tensor | None
     group_size: int
 
+    def of_rows(self, rows: slice) -> Scales:
+        """The scales of some output channels."""
+        zero_point, channel_scale = (
+            None if tensor is None else tensor[rows] for tensor in (self.zero_point, self.channel_scale)
+        )
+        return Scales(self.scale[rows], zero_point, channel_scale, self.group_size)
+
     def step(self) -> Tensor:
         """Distance between neighbouring weights, [N, groups]."""
         return self.scale if self.channel_scale is None else self.scale * self.channel_scale
@@ -94,6 +101,10 @@ class QuantizedWeight:
     codes: Tensor
     scales: Scales
     grid: Grid
+
+    def of_rows(self, rows: slice) -> QuantizedWeight:
+        """The weight of some output channels."""
+        return QuantizedWeight(self.codes[rows], self.scales.of_rows(rows), self.grid)
 
     def dequantize(self) -> Tensor:
         """The weight that every engine computes with, [N, K] float32, exact."""

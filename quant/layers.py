@@ -24,6 +24,8 @@ class LayerCodes:
         bias: [N] float32, or None.
         multiplier: p [K] float32, by which the inputs are multiplied before anything else, where nothing before the
             layer could absorb it; or None.
+        down_of: name of the layer whose down-projection the branch has, so that it is stored once, with that layer;
+            or None where it is the layer's own.
     """
 
     weight: QuantizedWeight
@@ -31,6 +33,7 @@ class LayerCodes:
     branch: LowRank | None
     bias: Tensor | None
     multiplier: Tensor | None = None
+    down_of: str | None = None
 
     def effective_weight(self) -> Tensor:
         """Dequantized weight plus the branch, times the multiplier, [N, K]."""
@@ -39,8 +42,11 @@ class LayerCodes:
         return whole if self.multiplier is None else whole * self.multiplier
 
     def stored_bytes(self) -> int:
-        """Bytes of weight, branch and multiplier; the bias is the same before and after and does not count."""
-        branch = 0 if self.branch is None else self.branch.stored_bytes()
+        """Bytes of weight, branch and multiplier; the bias is the same before and after and does not count.
+
+        Nor does a down-projection that is stored with another layer.
+        """
+        branch = 0 if self.branch is None else self.branch.stored_bytes(with_down=self.down_of is None)
         return self.weight.stored_bytes() + branch + (0 if self.multiplier is None else self.multiplier.nbytes)
 
 

@@ -8,6 +8,9 @@ to minimise ‖(D − L) X‖² = ‖(D − L) S‖² with S Sᵀ = X Xᵀ, so L
 arXiv 2410.21271, section 3; for a weight itself SVD-LLM, Wang et al., arXiv 2403.07378, section 3.1). With S diagonal,
 channels count by their size and not by how they go together (L²QER, Zhang et al., arXiv 2402.02446, section 3.2).
 
+Layers that read the same inputs may share `down` (`shared_down`): their weights stacked, [W₁; W₂] ≈ [U₁; U₂] V, are one
+weight to all of these equations.
+
 `compensated` alternates branch and quantizer, so that the branch makes up for the quantizer's error, and keeps the
 iterate with the least output error.
 """
@@ -44,9 +47,9 @@ class LowRank:
         """up · down, [N, K]."""
         return self.up @ self.down
 
-    def stored_bytes(self) -> int:
-        """Bytes of both factors in FP16."""
-        return 2 * (self.down.numel() + self.up.numel())
+    def stored_bytes(self, *, with_down: bool = True) -> int:
+        """Bytes of both factors in FP16, or of `up` alone."""
+        return 2 * (self.up.numel() + (self.down.numel() if with_down else 0))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from samq.quant.inputs import input_grid
 from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
 from samq.quant.low_rank import energies
 from samq.quant.modelopt_quantizer import Decided, config_for, decide, shared_multiplier, version
-from samq.quant.plan import LayerPlan, branch_allowance, grid_of, with_rank
+from samq.quant.plan import LayerPlan, branch_allowance, grid_of, stacked, with_rank
 from samq.quant.ranks import Candidate, share_out
 from samq.quant.rotate import rotate_values
 from samq.quant.rounding import Rounded, ToRound, round_layers, together
@@ -194,16 +195,18 @@ class Smooth(Pass):
                 work.statistics[layer].rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
             touched.extend(readers)
-        for layer in [name for name in work.plans if name not in touched]:
+        for plan in stacked(plan for name, plan in work.plans.items() if name not in touched):
             if not self.multiply:
-                work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
+                for layer in plan.members:
+                    work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
                 continue
-            alpha, factors = self._factors_of([layer], work)
-            multiplier = multiply_inputs(linear_at(work.model, layer), factors)
-            work.multipliers[layer] = multiplier * work.multipliers.get(layer, 1.0)
-            work.statistics[layer].rescale(multiplier)
-            work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}) by a product in front of the layer")
-            touched.append(layer)
+            alpha, factors = self._factors_of(list(plan.members), work)
+            for layer in plan.members:
+                multiplier = multiply_inputs(linear_at(work.model, layer), factors)
+                work.multipliers[layer] = multiplier * work.multipliers.get(layer, 1.0)
+                work.statistics[layer].rescale(multiplier)
+                work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}) by a product in front of the layer")
+                touched.append(layer)
         return touched
 
     def _factors_of(self, readers: list[str], work: Work) -> tuple[float, Tensor]:
@@ -276,13 +279,17 @@ class ChooseRanks(Pass):
     def apply(self, work: Work) -> list[str]:
         """Give every layer that is left a choice its rank; zero is one."""
         names = [name for name in work.plans if work.recipe.of_layer(name).auto_rank]
-        candidates = [self._candidate(name, work) for name in names]
+        stacks = stacked(work.plans[name] for name in names)
+        weights = [torch.cat([self._weighed(name, work) for name in stack.members]) for stack in stacks]
+        candidates = [Candidate(energies(weight), sum(weight.shape)) for weight in weights]
         budget = sum(branch_allowance(work.plans[name].fp16_bytes, work.recipe.of_layer(name)) for name in names)
-        for name, rank in zip(names, share_out(candidates, budget), strict=True):
-            work.plans[name] = with_rank(work.plans[name], rank, work.recipe)
+        for stack, rank in zip(stacks, share_out(candidates, budget), strict=True):
+            for name in stack.members:
+                work.plans[name] = with_rank(work.plans[name], rank, work.recipe)
         return names
 
-    def _candidate(self, name: str, work: Work) -> Candidate:
+    def _weighed(self, name: str, work: Work) -> Tensor:
+        """A layer's weight [N, K] in float64, ‖ ‖² of which is the relative output error that rounding leaves."""
         own, statistics = work.recipe.of_layer(name), work.statistics.get(name)
         weight = linear_at(work.model, name).weight.detach().float()
         hessian = statistics.hessian if statistics is not None and own.wgts.needs_hessian else None
@@ -291,9 +298,9 @@ class ChooseRanks(Pass):
         grid, group_size = grid_of(own), work.plans[name].group_size
         nearest = round_to_grid(weight, choose_scales(weight, grid, group_size, norm=own.wgts.scales.norm), grid)
         error, total = (output_error(of, hessian) for of in (weight - nearest.dequantize(), weight))
-        energy = energies(weight)
         relative = error / total if total > 0 else 0.0
-        return Candidate(relative * energy / energy.sum().clamp(min=SMALLEST), sum(weight.shape))
+        exact = weight.double()
+        return exact * (relative / exact.square().sum().clamp(min=SMALLEST)).sqrt()
 
 
 class Quantize(Pass):
@@ -326,11 +333,17 @@ class Quantize(Pass):
 
     def _quantize(self, work: Work, names: list[str], statistics: dict[str, InputStatistics]) -> None:
         device = next(work.model.parameters()).device
-        for group in together([work.plans[name] for name in names], self.recipe, device):
-            moments = {name: self._moments(work, name, statistics.get(name)) for name in group}
-            layers = [self._to_round(work, name, statistics.get(name), moments[name]) for name in group]
-            for name, layer, rounded in zip(group, layers, round_layers(layers), strict=True):
-                self._finish(work, name, layer, rounded, statistics.get(name), moments[name])
+        for group in together(stacked(work.plans[name] for name in names), self.recipe, device):
+            stacks = [work.plans[name].members for name in group]
+            moments = {name: self._moments(work, name, statistics.get(name)) for name in chain(*stacks)}
+            layers = [self._to_round(work, stack, statistics.get(stack[0]), moments[stack[0]]) for stack in stacks]
+            for stack, layer, rounded in zip(stacks, layers, round_layers(layers), strict=True):
+                start = 0
+                for name in stack:
+                    rows = slice(start, start + work.plans[name].out_features)
+                    own = replace(layer, weight=layer.weight[rows])
+                    self._finish(work, name, own, rounded.of_rows(rows), statistics.get(name), moments[name])
+                    start = rows.stop
 
     def _moments(self, work: Work, name: str, statistics: InputStatistics | None) -> Tensor | None:
         """Second moments of the inputs, those around the mean where the bias makes up for the mean's error.
@@ -347,18 +360,22 @@ class Quantize(Pass):
         has_bias = linear_at(work.model, name).bias is not None
         return self.recipe.wgts.bias_correction and has_bias and statistics is not None and statistics.rows > 0
 
-    def _to_round(self, work: Work, name: str, statistics: InputStatistics | None, moments: Tensor | None) -> ToRound:
-        own = self.recipe.of_layer(name)
+    def _to_round(
+        self, work: Work, names: tuple[str, ...], statistics: InputStatistics | None, moments: Tensor | None
+    ) -> ToRound:
+        """Layers that share a down-projection, stacked; or one. Statistics and moments are the first one's."""
+        own = self.recipe.of_layer(names[0])
         hessian = moments if own.wgts.needs_hessian else None
         if own.wgts.kernel_gptq is not None and (hessian is None or not hessian.any()):
-            work.note(name).remark("no calibration input reached this layer: rounded to nearest")
+            for name in names:
+                work.note(name).remark("no calibration input reached this layer: rounded to nearest")
             hessian = None
         importance = None
         if own.wgts.scales.weighted and statistics is not None and statistics.rows:
             importance = statistics.sample.square().mean(0) if hessian is None else hessian.diagonal()
             importance = importance if importance.any() else None
-        weight = linear_at(work.model, name).weight.detach().float()
-        return ToRound(weight, own, work.plans[name], hessian, importance)
+        weight = torch.cat([linear_at(work.model, name).weight.detach().float() for name in names])
+        return ToRound(weight, own, work.plans[names[0]], hessian, importance)
 
     def _finish(
         self,
@@ -386,7 +403,11 @@ class Quantize(Pass):
             notes.remark(
                 f"the Hessian did not factorize: damping raised from {asked.damp_percentage:g} to {rounded.damping:g}"
             )
-        work.put(name, replace(codes, multiplier=work.multipliers.get(name)))
+        first, *_ = work.plans[name].members
+        shares = rounded.branch is not None and name != first
+        if shares:
+            notes.remark(f"low-rank branch with the down-projection of {first}")
+        work.put(name, replace(codes, multiplier=work.multipliers.get(name), down_of=first if shares else None))
 
 
 class ModelOpt(Pass):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -15,6 +15,7 @@ from samq.calib.parts import PARTS, part_of
 from samq.errors import UsageError
 from samq.quant.config import AUTO, Recipe
 from samq.quant.grids import Grid, groups_of
+from samq.quant.sites import linear_at, same_inputs
 
 SMALLEST_WIDTH = 16  # narrower GEMMs gain nothing from INT8 or INT4 in any engine
 GROUP_MULTIPLE = 16
@@ -37,6 +38,8 @@ class LayerPlan:
         grouping: how the group size came about where it is not simply what was asked for, else "".
         rank: rank of the low-rank branch, 0 for none.
         ranking: why the rank is not what was asked for, else "".
+        sharing: names of the layers that share one down-projection, this one among them, else (). It is stored with
+            the first of them.
         fp16_bytes: bytes of the weight in FP16.
         planned_bytes: bytes of the weight, scales and branch as planned; with an open rank, its share of the budget.
     """
@@ -50,8 +53,14 @@ class LayerPlan:
     grouping: str = ""
     rank: int = 0
     ranking: str = ""
+    sharing: tuple[str, ...] = ()
     fp16_bytes: int = 0
     planned_bytes: int = 0
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The layers that make up one matrix for the low-rank branch: those sharing, or this one alone."""
+        return self.sharing or (self.name,)
 
 
 def grid_of(recipe: Recipe) -> Grid:
@@ -77,16 +86,33 @@ def make_plan(model: nn.Module, recipe: Recipe, parts: Collection[str] = PARTS) 
         UsageError: a pattern of `layers` decides about no layer.
     """
     last_block = max((block_of(name) or 0 for name, _ in model.named_modules()), default=0)
+    skipped = {
+        name: _reason_to_skip(name, module, recipe, parts, last_block)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    _require_use_of_patterns(skipped, recipe)
+    together = {name: group for group in _sharing(model, recipe, skipped) for name in group}
     plans = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = _reason_to_skip(name, module, recipe, parts, last_block)
-            plans.append(_plan_linear(name, module, recipe, reason))
+            sharing = together.get(name, ())
+            rows = sum(linear_at(model, member).out_features for member in sharing or (name,))
+            plans.append(_plan_linear(name, module, recipe, skipped[name], sharing, rows))
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             plans.append(_plan_convolution(name, module))
-    skipped = {plan.name: plan.skip for plan in plans if isinstance(model.get_submodule(plan.name), nn.Linear)}
-    _require_use_of_patterns(skipped, recipe)
     return plans
+
+
+def _sharing(model: nn.Module, recipe: Recipe, skipped: Mapping[str, str | None]) -> Iterator[tuple[str, ...]]:
+    """Names of quantized layers with one down-projection: those that read the same tokens and have one form."""
+    for readers in same_inputs(model):
+        own = {name: recipe.of_layer(name) for name in readers if skipped[name] is None}
+        for first, form in own.items():
+            alike = tuple(name for name, other in own.items() if other == form)
+            asked = form.wgts.low_rank is not None and form.wgts.low_rank.shared_down
+            if asked and len(alike) > 1 and alike[0] == first:
+                yield alike
 
 
 def _require_use_of_patterns(skipped: Mapping[str, str | None], recipe: Recipe) -> None:
@@ -177,27 +203,42 @@ def _reason_to_skip(
     return f"layers.{recipe.pattern_for(name)}" if recipe.stays_float(name) else None
 
 
-def _plan_linear(name: str, module: nn.Linear, recipe: Recipe, skip: str | None) -> LayerPlan:
+def _plan_linear(
+    name: str, module: nn.Linear, recipe: Recipe, skip: str | None, sharing: tuple[str, ...], rows: int
+) -> LayerPlan:
+    """The plan of one layer; `rows` are the outputs of all that share its down-projection."""
     inputs, outputs = module.in_features, module.out_features
     fp16_bytes = FP16_BYTES * inputs * outputs
     if skip is not None:
         return LayerPlan(name, part_of(name), inputs, outputs, skip, fp16_bytes=fp16_bytes, planned_bytes=fp16_bytes)
     own = recipe.of_layer(name)
     group_size, grouping = group_for(inputs, own.wgts.group_size, own.weight_only)
-    rank, ranking = _rank_for(inputs, outputs, own)
-    planned = stored_bytes(inputs, outputs, group_size, rank, grid_of(own)) + branch_allowance(fp16_bytes, own)
-    return LayerPlan(
-        name, part_of(name), inputs, outputs, None, group_size, grouping, rank, ranking, fp16_bytes, planned
+    rank, ranking = _rank_for(inputs, rows, own)
+    plan = LayerPlan(
+        name, part_of(name), inputs, outputs, None, group_size, grouping, rank, ranking, sharing, fp16_bytes
     )
+    return replace(plan, planned_bytes=stored_bytes(plan, rank, grid_of(own)) + branch_allowance(fp16_bytes, own))
 
 
-def stored_bytes(inputs: int, outputs: int, group_size: int, rank: int, grid: Grid) -> int:
-    """Bytes of codes, scales, zero-points and FP16 branch of an [N, K] weight."""
+def stored_bytes(plan: LayerPlan, rank: int, grid: Grid) -> int:
+    """Bytes of codes, scales, zero-points and FP16 branch of a layer; a shared down-projection is the first one's."""
+    inputs, outputs, group_size = plan.in_features, plan.out_features, plan.group_size
     groups = groups_of(inputs, group_size)
     code_bits = outputs * inputs * grid.bits
     zero_point_bits = 0 if grid.signed else outputs * groups * grid.bits
     scale_bytes = outputs * groups + FP16_BYTES * outputs if grid.two_level else FP16_BYTES * outputs * groups
-    return -(-(code_bits + zero_point_bits) // 8) + scale_bytes + FP16_BYTES * rank * (inputs + outputs)
+    channels = outputs + (inputs if plan.name == plan.members[0] else 0)
+    return -(-(code_bits + zero_point_bits) // 8) + scale_bytes + FP16_BYTES * rank * channels
+
+
+def stacked(plans: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """The plans with layers that share a down-projection as one: the first's, which has the outputs of all."""
+    by_name = {plan.name: plan for plan in plans}
+    return [
+        replace(plan, out_features=sum(by_name[member].out_features for member in plan.members))
+        for plan in by_name.values()
+        if plan.name == plan.members[0]
+    ]
 
 
 def _rank_for(inputs: int, outputs: int, recipe: Recipe) -> tuple[int, str]:
@@ -231,8 +272,7 @@ def branch_allowance(fp16_bytes: int, own: Recipe) -> int:
 
 def with_rank(plan: LayerPlan, rank: int, recipe: Recipe) -> LayerPlan:
     """The plan of a layer whose rank was open, with the rank that it got."""
-    grid = grid_of(recipe.of_layer(plan.name))
-    planned = stored_bytes(plan.in_features, plan.out_features, plan.group_size, rank, grid)
+    planned = stored_bytes(plan, rank, grid_of(recipe.of_layer(plan.name)))
     told = f"rank {rank} of the budget for all layers (wgts.low_rank.rank: auto)"
     return replace(plan, rank=rank, ranking=told, planned_bytes=planned)
 

@@ -8,6 +8,9 @@ directions of a layer, of energies σ² (see `samq.quant.low_rank.energies`), lo
 Each direction's gain is e σᵢ² / Σ σ², its price the 2 (K + N) bytes of its factors in FP16, to which the FLOPs for a
 token are in proportion. Gains of a layer fall with i. A sum of concave functions is largest when the steps with most
 gain for their price are taken first, whatever layers they belong to (Fox, Operations Research 14(2), 1966).
+
+Layers that share a down-projection are one candidate: stacked, each weight times √(e / Σ σ²), they have energies that
+add up to the sum of their errors.
 """
 
 from __future__ import annotations

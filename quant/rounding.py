@@ -1,4 +1,8 @@
-"""Rounding the weights of single layers by the method of their recipe; on a GPU, layers of one shape together."""
+"""Rounding the weights of single layers by the method of their recipe; on a GPU, layers of one shape together.
+
+Layers that share a down-projection come as one, their weights stacked: [W₁; W₂] ≈ [U₁; U₂] V in one truncated SVD. No
+row of a weight depends on another one when it is rounded, so that its codes are its own.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class ToRound:
     Args:
         weight: [N, K] float32.
         own: the recipe as it is for this layer.
-        plan: its group size and rank.
+        plan: its group size and rank; of stacked layers, that of one of them.
         hessian: [K, K], Σ x xᵀ of its inputs, or None where no method looks at it or no input was seen.
         importance: [K], by which errors are weighted when scales are chosen, or None.
     """
@@ -45,6 +49,11 @@ class Rounded:
     weight: QuantizedWeight
     branch: LowRank | None
     damping: float | None
+
+    def of_rows(self, rows: slice) -> Rounded:
+        """The outcome for some output channels: one of several layers that came as one."""
+        branch = None if self.branch is None else LowRank(self.branch.down, self.branch.up[rows])
+        return Rounded(self.weight.of_rows(rows), branch, self.damping)
 
 
 def together(plans: Iterable[LayerPlan], recipe: Recipe, device: torch.device) -> list[list[str]]:

@@ -29,6 +29,7 @@ from transformers.models.sam2.modeling_sam2 import (
     Sam2HieraDetModel,
     Sam2MultiScaleAttention,
     Sam2MultiScaleBlock,
+    Sam2TwoWayTransformer,
 )
 
 
@@ -96,6 +97,39 @@ def fold_sites(model: nn.Module) -> list[FoldSite]:
                 rows = (0, linear_at(module, before).out_features)
                 sites.append(FoldSite(f"{name}.{before}", rows, (f"{name}.{after}",)))
     return sites
+
+
+def same_inputs(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names of linear layers of a `Sam2Model` that read the very same tokens, wherever several do, in its order.
+
+    In a backbone's block that widens, these are qkv and the projection of the skip connection; windows may have the
+    tokens in another order, with zeros in between.
+    """
+    found: list[tuple[str, ...]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Sam2MultiScaleBlock) and module.dim != module.dim_out:
+            found.append((f"{name}.attn.qkv", f"{name}.proj"))
+        elif isinstance(module, Sam2TwoWayTransformer):
+            found += _same_inputs_of_decoder(name, [f"{name}.layers.{index}" for index in range(len(module.layers))])
+    return found
+
+
+def _same_inputs_of_decoder(name: str, blocks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Between its norms, a block's prompts and image stay as they are, with positions added or without.
+
+    The prompts that the image attends to at the end of a block are those that attend to each other in the next one, or
+    to the image at last. In the first block, prompts attend to each other without positions.
+    """
+    found = [tuple(f"{blocks[0]}.self_attn.{letter}_proj" for letter in "qkv")]
+    for block, after in zip(blocks, (*blocks[1:], None), strict=True):
+        image = f"{block}.cross_attn_image_to_token"
+        found.append((f"{block}.cross_attn_token_to_image.k_proj", f"{image}.q_proj"))
+        if after is None:
+            found.append((f"{image}.k_proj", f"{name}.final_attn_token_to_image.q_proj"))
+        else:
+            found.append((f"{image}.k_proj", f"{after}.self_attn.q_proj", f"{after}.self_attn.k_proj"))
+            found.append((f"{image}.v_proj", f"{after}.self_attn.v_proj"))
+    return found
 
 
 def _unpadded_blocks(backbone: Sam2HieraDetModel) -> set[nn.Module]:

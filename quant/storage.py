@@ -5,7 +5,7 @@ quantized.safetensors holds, for each quantized layer,
     <layer>.scale           [N, groups]: int8 group scales (two levels) or FP16
     <layer>.channel_scale   [N] FP16 (two levels only)
     <layer>.zero_point      like the codes (unsigned grids only)
-    <layer>.down, .up       FP16 factors of the low-rank branch
+    <layer>.down, .up       FP16 factors of the low-rank branch; `down` only with the first of the layers that share it
     <layer>.multiplier      [K] float32, where the inputs are multiplied by it first
     <layer>.bias            float32
 and every other tensor of the model under its own name, in FP16 where that is exact and in float32 otherwise. What is
@@ -95,7 +95,9 @@ def _restore(
 ) -> tuple[Sam2Model, dict[str, LayerCodes]]:
     """Model and codes; `tensors` is emptied of what belongs to the codes."""
     model = Sam2Model(config)
-    codes = {name: _decode(description, name, tensors) for name, description in layers.items()}
+    codes: dict[str, LayerCodes] = {}
+    for name, description in layers.items():
+        codes[name] = _decode(description, name, tensors, codes)
     for name, layer in codes.items():
         replace_module(model, name, QuantizedLinear(layer))
     rest = {name: tensor.float() for name, tensor in tensors.items()}
@@ -121,7 +123,9 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         zero_point = scales.zero_point.to(torch.uint8)
         stored["zero_point"] = pack_int4(zero_point) if four_bit else zero_point
     if layer.branch is not None:
-        stored |= {"down": layer.branch.down.half(), "up": layer.branch.up.half()}
+        stored["up"] = layer.branch.up.half()
+        if layer.down_of is None:
+            stored["down"] = layer.branch.down.half()
     if layer.multiplier is not None:
         stored["multiplier"] = layer.multiplier
     if layer.bias is not None:
@@ -132,12 +136,16 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "group_size": scales.group_size,
         "inputs": None if layer.inputs is None else asdict(layer.inputs),
         "branch": layer.branch is not None,
+        "down_of": layer.down_of,
         "multiplier": layer.multiplier is not None,
         "bias": layer.bias is not None,
     }
 
 
-def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> LayerCodes:
+def _decode(
+    description: dict[str, Any], name: str, tensors: dict[str, Tensor], others: dict[str, LayerCodes]
+) -> LayerCodes:
+    """The codes of one layer, taken from `tensors`; `others` are those of the layers before it."""
     grid = Grid(**description["grid"])
     shape = tuple(description["shape"])
 
@@ -150,9 +158,11 @@ def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) 
     channel_scale = tensors.pop(f"{name}.channel_scale").float()[:, None] if grid.two_level else None
     zero_point = None if grid.signed else codes_of("zero_point", tuple(scale.shape)).float()
     scales = Scales(scale, zero_point, channel_scale, description["group_size"])
-    branch = None
+    branch, down_of = None, description.get("down_of")
     if description["branch"]:
-        branch = LowRank(tensors.pop(f"{name}.down").float(), tensors.pop(f"{name}.up").float())
+        shared = None if down_of is None else others[down_of].branch
+        down = tensors.pop(f"{name}.down").float() if shared is None else shared.down
+        branch = LowRank(down, tensors.pop(f"{name}.up").float())
     inputs = description["inputs"]
     multiplier = tensors.pop(f"{name}.multiplier") if description.get("multiplier") else None
     bias = tensors.pop(f"{name}.bias") if description["bias"] else None
@@ -162,6 +172,7 @@ def _decode(description: dict[str, Any], name: str, tensors: dict[str, Tensor]) 
         branch,
         bias,
         multiplier,
+        down_of,
     )
 
 

@@ -46,7 +46,7 @@ def rule_of(candidate: str, base: Recipe) -> dict[str, Any]:
     low_rank = None
     if ranked is not None:
         as_in_config = {} if base.wgts.low_rank is None else base.wgts.low_rank.model_dump()
-        low_rank = as_in_config | {"rank": int(ranked[1]), "max_overhead": None}
+        low_rank = as_in_config | {"rank": int(ranked[1]), "max_overhead": None, "shared_down": False}
     usual = base if base.wgts.bits == 4 else load_recipe("int4_w4only" if base.weight_only else "int4_w4a8")
     return {"dtype": usual.wgts.dtype, "group_shapes": usual.wgts.group_shapes, "low_rank": low_rank}
 

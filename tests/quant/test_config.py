@@ -159,7 +159,12 @@ recipes = st.builds(
         kernel_gptq=st.none() | st.builds(GptqConfig, damp_percentage=fractions),
         low_rank=st.none()
         | st.builds(LowRankConfig, max_overhead=st.none() | fractions)
-        | st.builds(LowRankConfig, rank=st.just("auto"), weighting=st.sampled_from(["diagonal", "full"])),
+        | st.builds(
+            LowRankConfig,
+            rank=st.just("auto"),
+            weighting=st.sampled_from(["diagonal", "full"]),
+            shared_down=st.booleans(),
+        ),
     ),
     ipts=st.none()
     | st.builds(InputsConfig, dtype=st.just("sint8"), mode=st.just("dynamic"))
@@ -338,6 +343,11 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             SINT4 + "  low_rank: {rank: atuo}\n",
             3,
             "wgts.low_rank.rank: 'atuo' is neither auto nor a number from 1 to 1024",
+        ),
+        (
+            SINT4 + "  low_rank: {shared_down: all}\n",
+            3,
+            "wgts.low_rank.shared_down: 'all' is not true or false, without quotes",
         ),
         (
             SINT4 + "  low_rank: {rank: 8.5}\n",

@@ -37,6 +37,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "high rank": lambda: recipe_of(
         wgts={"low_rank": {"rank": 8, "compensate": True, "max_overhead": 0.5}, "skip_decoder": True}
     ),
+    "shared": lambda: recipe_of(
+        "int4_svdquant", wgts={"low_rank": {"rank": 4, "max_overhead": None, "shared_down": True}}
+    ),
+    "shared, 8 bits": lambda: recipe_of(
+        "int8_w8a8", wgts={"low_rank": {"rank": 4, "max_overhead": None, "shared_down": True}}
+    ),
     "first block": lambda: recipe_of(wgts={"skip_first_block": True, "skip_decoder": True}),
 }
 
@@ -65,6 +71,8 @@ def test_bit_for_bit(small_model: Sam2Model, name: str, tmp_path: Path) -> None:
         assert loaded.weight.grid == entry.weight.grid
         assert loaded.inputs == entry.inputs
         assert (loaded.branch is None) == (entry.branch is None)
+        assert loaded.down_of == entry.down_of
+        assert (f"{layer}.down" in stored) == (entry.branch is not None and entry.down_of is None)
         keys = ("codes", "scale", "channel_scale", "zero_point", "down", "up")
         parts = [stored[f"{layer}.{key}"] for key in keys if f"{layer}.{key}" in stored]
         assert sum(part.numel() * part.element_size() for part in parts) == entry.stored_bytes()
@@ -164,6 +172,9 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "missing factor": lambda f: rewrite(f, lambda t, m: t.pop(next(key for key in t if key.endswith(".down")))),
     "missing branch": lambda f: rewrite(
         f, lambda t, m: [t.pop(key) for key in list(t) if key.endswith((".down", ".up"))]
+    ),
+    "factor of no layer": lambda f: rewrite(
+        f, lambda t, m: edit_layers(m, lambda x: [one.update(down_of="a.b") for one in x.values()])
     ),
     "missing tensor": lambda f: rewrite(f, lambda t, m: t.pop("vision_encoder.neck.convs.0.weight")),
     "short codes": lambda f: rewrite(f, lambda t, m: t.update({f"{LAYER}.codes": t[f"{LAYER}.codes"][:10].clone()})),
