@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
@@ -54,3 +55,8 @@ class Executed:
 
     compute: str
     operator: str
+
+
+def sidecar_of(path: Path) -> Path:
+    """Path of the file that says what an engine is and how it is to be run."""
+    return path.with_name(f"{path.name}.json")

@@ -14,14 +14,8 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from samq.engines.base import Arrays, Executed
+from samq.engines.onnxruntime_options import CpuOptions, load_info
 from samq.errors import BadInput, MachineLacks, SamqError
-
-# Without VNNI, x64 kernels multiply u8 × s8 in saturating 16 bits unless told to be exact. With VNNI they are exact,
-# and a third as fast when told so: weights become unsigned then (see `multiplies_exactly`).
-EXACT_INT8 = ("session.x64quantprecision", "1")
-
-# The threads of an idle session spin and keep the cores from the others: encoder and decoder live side by side.
-NO_IDLE_SPINNING = ("session.force_spinning_stop", "1")
 
 _INT8 = "INT8 GEMM"
 _EXECUTED = {
@@ -36,6 +30,8 @@ _EXECUTED = {
     "FusedGemm": "FP32 GEMM",
 }
 INT8_ACCURACY = 4  # accuracy_level of MatMulNBits that quantizes the activations
+USUAL = CpuOptions()
+VERSION: str = ort.__version__
 
 
 class OnnxRuntimeEngine:
@@ -44,16 +40,16 @@ class OnnxRuntimeEngine:
     Args:
         path: an ONNX file.
         threads: intra-op threads, 0 for the runtime's choice.
+        options: of the session; `open_engine` takes those that an engine was built with.
 
     Raises:
         BadInput: the file is missing, corrupt or not runnable; the runtime's first line says why.
     """
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, options: CpuOptions = USUAL) -> None:
         self.path = path
-        if not path.is_file():
-            raise BadInput(f"{path} is missing; run `samq-export build` first")
-        self._session = _session(path, _options(threads))
+        _require_file(path)
+        self._session = _session(path, _session_options(options, threads))
         self.inputs: Sequence[str] = [value.name for value in self._session.get_inputs()]
         self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._session.get_inputs()}
         self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
@@ -67,21 +63,37 @@ class OnnxRuntimeEngine:
         return dict(zip(self.outputs, answers, strict=True))
 
 
-def executed_layers(path: Path) -> dict[str, Executed]:
+def open_engine(path: Path, threads: int = 0) -> OnnxRuntimeEngine:
+    """An engine as its sidecar says (`samq.engines.onnxruntime_options`).
+
+    Args:
+        path, threads: as for `OnnxRuntimeEngine`.
+
+    Raises:
+        BadInput: as `OnnxRuntimeEngine`, or the sidecar is missing or corrupt.
+        MachineLacks: the engine is meant for a later ONNX Runtime.
+    """
+    _require_file(path)
+    info = load_info(path)
+    info.require(path, VERSION)
+    return OnnxRuntimeEngine(path, threads, info.options)
+
+
+def executed_layers(path: Path, options: CpuOptions = USUAL) -> dict[str, Executed]:
     """What ONNX Runtime executes for each layer, read from the graph that its own optimizers leave.
 
     Args:
         path: a graph whose GEMM nodes are called `<layer>/MatMul`.
+        options: of the session.
 
     Raises:
         BadInput: ONNX Runtime does not take the graph.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = _options(0)
-        options.optimized_model_filepath = str(optimized)
-        options.log_severity_level = 3
-        _session(path, options)
+        session_options = _session_options(options, threads=0)
+        session_options.optimized_model_filepath = str(optimized)
+        _session(path, session_options)
         graph = onnx.load(optimized, load_external_data=False).graph
     gemms: dict[str, dict[Executed, None]] = {}
     for node in _nodes(graph):
@@ -121,13 +133,18 @@ def _compute(node: onnx.NodeProto) -> str:
     return f"INT{attributes['bits']} weights, {arithmetic} arithmetic"
 
 
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    for entry in (NO_IDLE_SPINNING,) if multiplies_exactly() else (EXACT_INT8, NO_IDLE_SPINNING):
-        options.add_session_config_entry(*entry)
-    return options
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; run `samq-export build` first")
+
+
+def _session_options(options: CpuOptions, threads: int) -> ort.SessionOptions:
+    made = ort.SessionOptions()
+    made.intra_op_num_threads = threads
+    made.log_severity_level = 3
+    for name, value in options.entries(exact=multiplies_exactly()).items():
+        made.add_session_config_entry(name, value)
+    return made
 
 
 @cache

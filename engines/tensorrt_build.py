@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samq.engines.base import sidecar_of
 from samq.engines.cuda import Device, find_device
 from samq.engines.tensorrt_layers import EngineLayer, read_layers, with_regions
 from samq.engines.tensorrt_log import (
@@ -42,7 +43,7 @@ from samq.engines.tensorrt_network import (
     side_names,
 )
 from samq.engines.tensorrt_parse import new_builder, parse_into
-from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info, sidecar_of
+from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, Watch, silent
 from samq.engines.tensorrt_weights import refittable_parts
 from samq.errors import BadInput, MachineLacks

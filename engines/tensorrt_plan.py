@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samq.engines.base import Executed
+from samq.engines.base import Executed, sidecar_of
 from samq.engines.cuda import Device
 from samq.engines.tensorrt_layers import EngineLayer, executed
 from samq.errors import BadInput, UsageError
@@ -200,11 +200,6 @@ def _tensors(rows: Sequence[Mapping[str, Any]]) -> tuple[PlanTensor, ...]:
 def _numbers(version: str) -> tuple[int, ...]:
     """Major, minor and patch; the build number behind them does not matter."""
     return tuple(int(part) for part in version.split(".")[:3])
-
-
-def sidecar_of(plan: Path) -> Path:
-    """Path of a plan's sidecar."""
-    return plan.with_name(f"{plan.name}.json")
 
 
 def log_of(plan: Path) -> Path:

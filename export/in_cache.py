@@ -29,7 +29,8 @@ WORTHWHILE = 4  # caches that a value takes before it is worth a Scan, which cop
 FLOAT_BYTES = 4
 WHOLE = 1  # rows an image of values that are not in rows
 
-ELEMENTWISE = ("Abs", "Add", "BiasGelu", "Cast", "Div", "Gelu", "Max", "Mul", "QuantizeLinear")
+ELEMENTWISE = ("Add", "BiasGelu", "Cast", "Div", "Gelu", "Max", "Mul", "Neg", "QuantizeLinear")
+REDUCTIONS = ("ReduceMax", "ReduceMin")
 PRODUCTS = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 
 
@@ -122,7 +123,7 @@ def _rows_behind(node: ir.Node, live: list[ir.Value], rows: Mapping[ir.Value, in
         takes = live[0] is node.inputs[0] and node.inputs[1] not in live
     elif node.op_type == "LayerNormalization":
         takes = int_attribute(node, "axis", -1) in (-1, len(first.shape or ()) - 1)
-    elif node.op_type == "ReduceMax":
+    elif node.op_type in REDUCTIONS:
         takes = _reduces_inner_axes(node, rows[first])
     else:
         takes = node.op_type == "MultiHeadAttention" and rows[first] != WHOLE

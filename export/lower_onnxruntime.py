@@ -15,8 +15,9 @@ weights become their INT8 product. Layers that read one tensor through equal sca
 
 What stands around the layers is rewritten for the CPU, exactly, each rewrite in a module of its own: queries, keys and
 values get a GEMM each, attention becomes MultiHeadAttention, which is flash attention on the CPU too, maxima are taken
-an axis at a time, bytes are moved instead of floats, windows stay in cache, and images are not projected for a few
-tokens. SkipLayerNormalization, which CUDA wants, is slower here than its parts.
+an axis at a time, bytes are moved instead of floats, windows stay in cache, images are not projected for a few tokens,
+and the position embedding is enlarged by products. SkipLayerNormalization, which CUDA wants, is slower here than its
+parts.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from numpy.typing import NDArray
 from samq.export.add_unrepeated import add_unrepeated
 from samq.export.axis_maxima import reduce_axis_by_axis
 from samq.export.canonical import Gemm, GemmInputs, GemmWeight, read_gemms
+from samq.export.cubic_resize import multiply_to_resize
 from samq.export.few_tokens import absorb_projections
 from samq.export.fuse_attention import Rewrite, fuse_attention
 from samq.export.graph import Writer, constant_of, remove_unused, replace_value
 from samq.export.in_cache import keep_in_cache
+from samq.export.magnitudes import reduce_from_both_ends
 from samq.export.merge_moves import merge_moves
 from samq.export.quantize_early import quantize_early
 from samq.export.split_projections import split_projections
@@ -45,9 +48,11 @@ BLOCK_SIZES = (128, 64, 32, 16)  # that MatMulNBits unpacks
 FLOAT = ir.DataType.FLOAT
 
 REWRITES: tuple[Callable[[ir.Model], Rewrite], ...] = (
+    multiply_to_resize,
     absorb_projections,
     add_unrepeated,
     reduce_axis_by_axis,
+    reduce_from_both_ends,
     quantize_early,
     merge_moves,
     keep_in_cache,
@@ -71,6 +76,15 @@ def lower_for_onnxruntime(model: ir.Model) -> ir.Model:
     for rewrite in REWRITES:
         rewrite(model)
     return model
+
+
+def requested_layers(model: ir.Model) -> dict[str, str]:
+    """What each quantized layer of a canonical model is to be executed as, in the words of `samq.engines`."""
+    return {gemm.layer: _requested(gemm) for gemm in read_gemms(model)}
+
+
+def _requested(gemm: Gemm) -> str:
+    return "INT8 GEMM" if gemm.inputs is not None else f"INT{_bits(gemm.weight)} weights, FP32 arithmetic"
 
 
 class _PartWriter(Writer):
@@ -193,7 +207,7 @@ def _weight_only(writer: Writer, gemm: Gemm) -> tuple[ir.Value, ir.Value]:
     """MatMulNBits; returns the value that it replaces and itself, as `_per_tensor`."""
     weight = gemm.weight
     inputs, outputs = weight.codes.shape
-    bits = 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
+    bits = _bits(weight)
     block = _block_size(gemm)
     blocks = -(-inputs // block)
     packed, zero_points = packed_codes(weight, bits, block, blocks)
@@ -217,6 +231,10 @@ def _weight_only(writer: Writer, gemm: Gemm) -> tuple[ir.Value, ir.Value]:
         K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=FP32_ARITHMETIC,
     )  # fmt: skip
     return old, new
+
+
+def _bits(weight: GemmWeight) -> int:
+    return 4 if weight.codes.dtype.name in ("int4", "uint4") else 8
 
 
 def _block_size(gemm: Gemm) -> int:

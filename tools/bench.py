@@ -18,7 +18,15 @@ from samq.engines.predictor import PADDING, Predictor, prompt_feeds
 from samq.errors import UsageError
 from samq.files import write_json
 from samq.tools.alternation import beside, spread, time_in_turns
-from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_CUDA, TENSORRT, file_bytes, opener, start_engines
+from samq.tools.engine_start import (
+    ONNXRUNTIME,
+    ONNXRUNTIME_CUDA,
+    ONNXRUNTIME_ENGINE,
+    TENSORRT,
+    file_bytes,
+    opener,
+    start_engines,
+)
 from samq.tools.job import Job
 from samq.tools.outdir import BENCH, OutputDir
 from samq.tools.progress import Reporter
@@ -66,17 +74,15 @@ class _Engines:
     def on_cpu(self) -> bool:
         return isinstance(self.target, OnnxRuntimeCpu)
 
-    @property
-    def opener(self) -> str:
+    def opener(self, side: str) -> str:
         """As `samq.tools.engine_start.opener` takes it."""
         if self.on_cpu:
-            return ONNXRUNTIME
+            return ONNXRUNTIME_ENGINE if side == "quantized" else ONNXRUNTIME
         return ONNXRUNTIME_CUDA if isinstance(self.target, OnnxRuntimeCuda) else TENSORRT
 
     def open(self) -> list[Predictor]:
         """One predictor a side."""
-        make = opener(self.opener, self.threads)
-        return [Predictor(*map(make, self.files[side])) for side in SIDES]
+        return [Predictor(*map(opener(self.opener(side), self.threads), self.files[side])) for side in SIDES]
 
 
 def bench(out: OutputDir, reporter: Reporter, threads: int = 0, runs: int = 20) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _starts(engines: _Engines, reporter: Reporter) -> dict[str, Any]:
     with reporter.track(f"start, {STARTS} processes each", STARTS * len(SIDES)) as step:
         for _ in range(STARTS):
             for side in SIDES:
-                taken[side].append(start_engines(engines.opener, engines.files[side], engines.threads))
+                taken[side].append(start_engines(engines.opener(side), engines.files[side], engines.threads))
                 step()
     found: dict[str, Any] = {
         side: {key: median(start[key] for start in starts) for key in ("load_ms", "first_ms")}

@@ -28,7 +28,8 @@ from samq.engines.predictor import Predictor
 from samq.errors import BadInput
 from samq.tools.memory import peak_bytes, reset_peak, resident_bytes
 
-ONNXRUNTIME = "samq.engines.onnxruntime:OnnxRuntimeEngine"
+ONNXRUNTIME = "samq.engines.onnxruntime:OnnxRuntimeEngine"  # any graph
+ONNXRUNTIME_ENGINE = "samq.engines.onnxruntime:open_engine"  # as its sidecar says
 ONNXRUNTIME_CUDA = "samq.engines.onnxruntime_cuda:OnnxRuntimeCudaEngine"
 TENSORRT = "samq.engines.tensorrt:open_engine"
 
@@ -65,14 +66,14 @@ def start_engines(name: str, parts: Sequence[Path], threads: int = 0) -> dict[st
     return figures
 
 
-def measure_engine_memory(parts: Sequence[Path]) -> int | None:
-    """Peak bytes that ONNX Runtime on the CPU adds to a fresh process; None where that cannot be measured.
+def measure_engine_memory(name: str, parts: Sequence[Path]) -> int | None:
+    """Peak bytes that engines add to a fresh process; None where that cannot be measured.
 
     Args:
-        parts: as `start_engines`.
+        name, parts: as `start_engines`.
     """
     try:
-        peak: int | None = start_engines(ONNXRUNTIME, parts)["peak_bytes"]
+        peak: int | None = start_engines(name, parts)["peak_bytes"]
     except BadInput:
         return None
     return peak

@@ -4,7 +4,7 @@ manifest.json       stages done with their command, log, time and memory, sha256
 config.yaml         the resolved recipe
 weights/            quantized.safetensors, config.json, layers.json
 onnx/               canonical Q/DQ parts; fp32/ and fp16/ hold the baseline's
-engines/<target>/   lowered parts
+engines/<target>/   lowered parts, engines, and how they are run
 report/             report.json, prompts.json and examples/, and made of them: report.html, report.md
 triton/             model repository, from `samq-export triton`
 search/             what `samq-export search` measured, and the configs that it found

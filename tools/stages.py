@@ -27,7 +27,7 @@ from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
-from samq.tools.engine_start import measure_engine_memory
+from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_ENGINE, measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
 from samq.tools.half_precision import IMAGES, compare_with_fp32, complaint
@@ -392,13 +392,16 @@ def _half_precision(
 
 def _engine_memory(out: OutputDir, target: Target, reporter: Reporter) -> dict[str, int | None]:
     """Peak bytes of the baseline's engines and of the quantized ones, where they can be measured."""
-    places = {"baseline_bytes": out.path / "onnx" / "fp32", "quantized_bytes": out.path / "engines" / target.folder}
+    places = {
+        "baseline_bytes": (ONNXRUNTIME, out.path / "onnx" / "fp32"),
+        "quantized_bytes": (ONNXRUNTIME_ENGINE, out.path / "engines" / target.folder),
+    }
     if not isinstance(target, OnnxRuntimeCpu):
         return dict.fromkeys(places)
     with reporter.track("memory", len(places)) as step:
         peaks: dict[str, int | None] = {}
-        for key, place in places.items():
-            peaks[key] = measure_engine_memory(target.files(place))
+        for key, (opener, place) in places.items():
+            peaks[key] = measure_engine_memory(opener, target.files(place))
             step()
         return peaks
 

@@ -21,15 +21,16 @@ import onnx_ir as ir
 
 from samq.calib.parts import PARTS
 from samq.engines import tensorrt
-from samq.engines.base import Engine, Executed
+from samq.engines.base import Engine, Executed, sidecar_of
 from samq.engines.lint import require_clean
-from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
+from samq.engines.onnxruntime import VERSION, OnnxRuntimeEngine, executed_layers, open_engine
 from samq.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, executed_on_gpu, require_cuda
+from samq.engines.onnxruntime_options import CpuEngineInfo, load_info
 from samq.engines.predictor import Predictor
-from samq.engines.tensorrt_plan import BuildOptions, log_of, sidecar_of
+from samq.engines.tensorrt_plan import BuildOptions, log_of
 from samq.engines.tensorrt_plan import executed_layers as tensorrt_layers
 from samq.errors import MachineLacks, UsageError
-from samq.export.lower_onnxruntime import lower_for_onnxruntime
+from samq.export.lower_onnxruntime import lower_for_onnxruntime, requested_layers
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, lower_for_tensorrt
 from samq.export.parts import save_part
@@ -132,25 +133,29 @@ class OnnxRuntimeCpu:
     def lower(self, onnx: Path, folder: Path, step: Step) -> list[Path]:
         paths = []
         for part in PARTS:
-            paths += save_part(lower_for_onnxruntime(ir.load(onnx / f"{part}.onnx")), folder / f"{part}.onnx")
+            graph, path = ir.load(onnx / f"{part}.onnx"), folder / f"{part}.onnx"
+            info = CpuEngineInfo(VERSION, requested_layers(graph))
+            paths += save_part(lower_for_onnxruntime(graph), path)
+            write_json(sidecar_of(path), info.as_json())
+            paths.append(sidecar_of(path))
             step()
         return paths
 
     def build(self, folder: Path, step: Step) -> list[Path]:
-        for part in PARTS:
-            OnnxRuntimeEngine(folder / f"{part}.onnx")
+        for path in self.files(folder):
+            open_engine(path)
             step()
         return []
 
     def open(self, onnx: Path, folder: Path) -> tuple[Predictor, Predictor]:
-        return self.baseline_of(onnx), _predictor(self.files(folder), OnnxRuntimeEngine)
+        return self.baseline_of(onnx), _predictor(self.files(folder), open_engine)
 
     def baseline_of(self, onnx: Path) -> Predictor:
         """The float parts that `export` left, in FP32."""
         return _predictor(self.files(onnx / "fp32"), OnnxRuntimeEngine)
 
     def executed(self, folder: Path) -> dict[str, Executed]:
-        return _together(executed_layers(path) for path in self.files(folder))
+        return _together(executed_layers(path, load_info(path).options) for path in self.files(folder))
 
     def files(self, folder: Path) -> list[Path]:
         return _of_parts(folder, "onnx")

@@ -13,7 +13,8 @@ from small_model import IMAGE_SIZE, pixels, recipe_of
 from samq.calib.parts import IMAGE_ENCODER
 from samq.engines import onnxruntime
 from samq.engines.base import Executed
-from samq.engines.onnxruntime import EXACT_INT8, OnnxRuntimeEngine, executed_layers
+from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
+from samq.engines.onnxruntime_options import EXACT_INT8, CpuOptions
 from samq.errors import BadInput
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.parts import save_part
@@ -86,12 +87,12 @@ def test_kernels_are_told_to_be_exact_where_they_are_not(
     save_part(lower_for_onnxruntime(canonical(recipe_of("int8_w8a8"), IMAGE_ENCODER)), path)
     expected = OnnxRuntimeEngine(path).run(image)
     monkeypatch.setattr(onnxruntime, "multiplies_exactly", lambda: exact)
-    name, value = EXACT_INT8
+    session_options = onnxruntime._session_options(CpuOptions(), threads=1)
     if exact:
-        with pytest.raises(RuntimeError, match=name):  # not asked for, for it costs VNNI two thirds of its speed
-            onnxruntime._options(1).get_session_config_entry(name)
+        with pytest.raises(RuntimeError, match=EXACT_INT8):  # not asked for, for it costs VNNI two thirds of its speed
+            session_options.get_session_config_entry(EXACT_INT8)
     else:
-        assert onnxruntime._options(1).get_session_config_entry(name) == value
+        assert session_options.get_session_config_entry(EXACT_INT8) == "1"
     for output, found in OnnxRuntimeEngine(path).run(image).items():  # on integers there is one answer
         np.testing.assert_array_equal(found, expected[output])
 

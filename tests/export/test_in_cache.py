@@ -47,6 +47,15 @@ def test_a_lowered_encoder_gives_the_same_bits(preset: str) -> None:
     assert not any(node.op_type == "MultiHeadAttention" for node in list(model.graph)[:20])  # they run within
 
 
+def test_scales_of_tokens_are_found_within() -> None:
+    ipts = {"mode": "dynamic", "granularity": "per_token"}
+    model = lower_for_onnxruntime(canonical(recipe_of("int8_w8a8", ipts=ipts), IMAGE_ENCODER))
+    assert same_bits(model) > 60
+    within = [node for scan in scans(model) for node in scan.attributes["body"].as_graph()]
+    operators = {node.op_type for node in within}
+    assert {"ReduceMax", "ReduceMin", "QuantizeLinear", "MatMulIntegerToFloat", "MultiHeadAttention"} <= operators
+
+
 @pytest.mark.parametrize("static", [None, StaticShape()], ids=["any number of images", "one image"])
 def test_a_float_encoder_gives_the_same_bits(static: StaticShape | None) -> None:
     traced = skeleton(IMAGE_ENCODER) if static is None else trace(float_model(), IMAGE_ENCODER, static)
@@ -82,19 +91,19 @@ INPUT = "float[b, 1024, 4] x"
 
 # What stands behind three operators that each take 16 KiB an image, the result's sides, and how many run within.
 ENDS = {
-    "tokens alone": ("y = Neg (hidden)", "b, 1024, 4", 3),
-    "a move of tokens": ("moved = Transpose <perm = [1, 0, 2]> (hidden) y = Neg (moved)", "1024, b, 4", 3),
-    "a softmax over tokens": ("weights = Softmax <axis = 1> (hidden) y = Neg (weights)", "b, 1024, 4", 3),
+    "tokens alone": ("y = Tanh (hidden)", "b, 1024, 4", 3),
+    "a move of tokens": ("moved = Transpose <perm = [1, 0, 2]> (hidden) y = Tanh (moved)", "1024, b, 4", 3),
+    "a softmax over tokens": ("weights = Softmax <axis = 1> (hidden) y = Tanh (weights)", "b, 1024, 4", 3),
     "a maximum over tokens": (
-        "axes = Constant <value_ints = [1]> () most = ReduceMax <keepdims = 0> (hidden, axes) y = Neg (most)",
+        "axes = Constant <value_ints = [1]> () most = ReduceMax <keepdims = 0> (hidden, axes) y = Tanh (most)",
         "b, 4", 3,
     ),
     "a constant for each token": (
-        "more = ConstantOfShape (sides) placed = Add (hidden, more) y = Neg (placed)", "b, 1024, 4", 3,
+        "more = ConstantOfShape (sides) placed = Add (hidden, more) y = Tanh (placed)", "b, 1024, 4", 3,
     ),
     "a maximum within windows": (
         "axes = Constant <value_ints = [1]> () s = Constant <value_ints = [-1, 4, 4]> () w = Reshape (hidden, s)"
-        " most = ReduceMax <keepdims = 0> (w, axes) y = Neg (most)", "m, 4", 5,
+        " most = ReduceMax <keepdims = 0> (w, axes) y = Tanh (most)", "m, 4", 5,
     ),
 }  # fmt: skip
 
@@ -108,4 +117,4 @@ def test_what_sees_other_tokens_ends_the_scan(case: str) -> None:
 
 def test_a_result_for_the_caller_is_not_grouped() -> None:
     outputs = "float[b, 1024, 4] y, float[b, 1024, 4] normed"
-    assert same_bits(graph(f"{NORM} y = Neg (hidden)", INPUT, outputs), 1 << 10) == 0
+    assert same_bits(graph(f"{NORM} y = Tanh (hidden)", INPUT, outputs), 1 << 10) == 0

@@ -15,7 +15,14 @@ from samq.errors import BadInput
 from samq.files import sha256_of
 from samq.tools.alternation import WARM_UPS, beside, spread, time_in_turns
 from samq.tools.bench import SIDES, slower
-from samq.tools.engine_start import ONNXRUNTIME, file_bytes, measure_engine_memory, opener, start_engines
+from samq.tools.engine_start import (
+    ONNXRUNTIME,
+    ONNXRUNTIME_ENGINE,
+    file_bytes,
+    measure_engine_memory,
+    opener,
+    start_engines,
+)
 from samq.tools.outdir import BENCH, MANIFEST, OutputDir
 
 
@@ -133,6 +140,11 @@ class TestWhatItRefuses:
         (out / "engines" / "onnxruntime" / "mask_decoder.onnx").write_bytes(b"other")
         refused(samq("bench", "--output-dir", out), 6, "mask_decoder.onnx was changed")
 
+    def test_an_engine_whose_sidecar_is_gone(self, finished: tuple[Path, Answer], tmp_path: Path) -> None:
+        out = _copy(finished, tmp_path)
+        (out / "engines" / "onnxruntime" / "mask_decoder.onnx.json").unlink()
+        refused(samq("bench", "--output-dir", out), 6, "mask_decoder.onnx.json is missing", "samq-export build")
+
     @pytest.mark.parametrize("option", ["--threads", "--runs"])
     def test_no_threads_and_no_runs(self, finished: tuple[Path, Answer], option: str) -> None:
         refused(samq("bench", "--output-dir", finished[0], option, 0), 2, option)
@@ -196,8 +208,8 @@ def test_the_spread_of_known_times() -> None:
 
 def test_an_encoder_starts_alone_too(finished: tuple[Path, Answer]) -> None:
     encoder = finished[0] / "engines" / "onnxruntime" / "image_encoder.onnx"
-    assert isinstance(opener(ONNXRUNTIME, threads=1)(encoder), OnnxRuntimeEngine)
-    assert set(start_engines(ONNXRUNTIME, [encoder], threads=1)) == {"load_ms", "first_ms", "peak_bytes"}
+    assert isinstance(opener(ONNXRUNTIME_ENGINE, threads=1)(encoder), OnnxRuntimeEngine)
+    assert set(start_engines(ONNXRUNTIME_ENGINE, [encoder], threads=1)) == {"load_ms", "first_ms", "peak_bytes"}
 
 
 def test_files_count_with_the_weights_beside_them(tmp_path: Path) -> None:
@@ -212,4 +224,4 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_engines_that_do_not_start_have_no_memory(tmp_path: Path) -> None:
-    assert measure_engine_memory([tmp_path / "image_encoder.onnx", tmp_path / "mask_decoder.onnx"]) is None
+    assert measure_engine_memory(ONNXRUNTIME, [tmp_path / "image_encoder.onnx", tmp_path / "mask_decoder.onnx"]) is None

@@ -189,9 +189,17 @@ def test_plans_cannot_join_onnx_files(out: Path) -> None:
 
 def test_onnx_runtime_on_a_gpu_needs_its_own_package(out: Path) -> None:
     assert samq("triton", "--output-dir", copied_as(out, "onnxruntime-cuda")).code == 0
+    assert not list((out / "triton").glob("*/1/model.onnx.json"))  # which is for the CPU
     kinds = {config_of(out / "triton", model).instance_group[0].kind for model in MODELS.values()}
     assert kinds == {model_config_pb2.ModelInstanceGroup.KIND_GPU}
     assert "onnxruntime-gpu[cuda,cudnn]==" in (out / "triton" / "requirements.txt").read_text()
+
+
+def test_engines_keep_what_says_how_they_are_run(out: Path) -> None:
+    assert samq("triton", "--output-dir", out).code == 0
+    for part, model in MODELS.items():
+        copied = out / "triton" / model / "1" / "model.onnx.json"
+        assert copied.read_bytes() == (out / "engines" / "onnxruntime" / f"{part}.onnx.json").read_bytes()
 
 
 def test_the_code_of_a_model_needs_only_what_requirements_name(out: Path) -> None:

@@ -38,7 +38,12 @@ CONTENT = {SAM, *MODELS.values(), REQUIREMENTS}
 _SERVED = "tools.triton.served"
 _BOTH = ("", "errors", "engines", "engines.base", "tools", "tools.triton", _SERVED)
 _ANSWERING = tuple(f"{_SERVED}.{name}" for name in ("errors", "store"))
-PART_CODE = (*_BOTH, *_ANSWERING, "engines.onnxruntime", "engines.onnxruntime_cuda", f"{_SERVED}.part")
+PART_CODE = (
+    *_BOTH,
+    *_ANSWERING,
+    *(f"engines.{name}" for name in ("onnxruntime", "onnxruntime_cuda", "onnxruntime_options")),
+    f"{_SERVED}.part",
+)
 SAM_CODE = (
     *_BOTH,
     *_ANSWERING,

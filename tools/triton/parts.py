@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
+from samq.engines.base import sidecar_of
+from samq.engines.onnxruntime_options import load_info as load_cpu_info
 from samq.engines.predictor import MOST_PROMPTS_AT_ONCE
 from samq.engines.tensorrt_plan import PlanInfo, PlanTensor, load_info
 from samq.errors import UsageError
@@ -80,7 +82,7 @@ def served_engine(out: OutputDir, others: Sequence[OutputDir], serving: Serving)
         raise UsageError(f"{folder} holds no TensorRT plans that those of other GPUs could join; leave out --plans-of")
     gpu = with_plans or folder.name == OnnxRuntimeCuda().folder
     folders = [folder, *map(_engine_folder, others)]
-    described = {part: _plans(folders, part) if with_plans else _onnx(folder, part) for part in PARTS}
+    described = {part: _plans(folders, part) if with_plans else _onnx(folder, part, gpu) for part in PARTS}
     encoder, decoder = described[IMAGE_ENCODER], described[MASK_DECODER]
     prompts = decoder.most("prompts", MOST_PROMPTS_AT_ONCE)
     points = min(decoder.most("points", serving.max_points), serving.max_points)
@@ -124,11 +126,14 @@ def _engine_folder(out: OutputDir) -> Path:
     return out.path / "engines" / folder
 
 
-def _onnx(folder: Path, part: str) -> _Described:
+def _onnx(folder: Path, part: str, gpu: bool) -> _Described:
     path = folder / f"{part}.onnx"
     graph = onnx.load(path, load_external_data=False).graph
     weights = path.with_name(f"{path.name}.data")
     files = {path: ONNX} | ({weights: weights.name} if weights.is_file() else {})
+    if not gpu:
+        load_cpu_info(path)  # what cannot be run is not served
+        files[sidecar_of(path)] = sidecar_of(Path(ONNX)).name
     return _Described(_tensors(graph.input), _tensors(graph.output), {}, files, {})
 
 

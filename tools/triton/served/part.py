@@ -54,9 +54,9 @@ class TritonPythonModel:
 def open_engine(path: Path, gpu: int | None) -> Engine:
     """The engine of one part, on a GPU or on the CPU (None)."""
     if gpu is None:
-        from samq.engines.onnxruntime import OnnxRuntimeEngine
+        from samq.engines.onnxruntime import open_engine as open_on_cpu
 
-        return OnnxRuntimeEngine(path)
+        return open_on_cpu(path)
     from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine
 
     return OnnxRuntimeCudaEngine(path, CudaOptions(device=gpu))
