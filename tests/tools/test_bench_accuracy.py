@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_model import pixels, small_sam2
 from torch import nn
 from transformers import Sam2Model
@@ -19,7 +20,7 @@ from samq.calib.checkpoint import Checkpoint, load_checkpoint
 from samq.calib.parts import IMAGE_ENCODER
 from samq.calib.sources import open_source
 from samq.errors import BadInput, MachineLacks, UsageError
-from samq.quant.config import load_recipe, preset_names
+from samq.quant.config import LayerConfig, load_recipe, preset_names
 from samq.quant.plan import LayerPlan, make_plan
 from samq.quant.quantize import quantize
 from samq.tools.bench_accuracy import bootstrap, llm_compressor_peer, method, modelopt_peer, ours, rows, session
@@ -175,6 +176,22 @@ class TestRows:
         assert not plain.smooth.enabled
         assert len({row.recipe for row in ours.METHODS}) == len(ours.METHODS)
 
+    def test_each_form_has_rows_for_what_its_methods_gain(self) -> None:
+        """Round to nearest, GPTQ alone, smoothing alone (the W8A8 preset is that itself), all of it with rotation."""
+        recipes = {row.key: yaml.safe_load(row.recipe) for row in ours.METHODS}
+        parts = {
+            key: (bool(of["wgts"]["kernel_gptq"]), of["shift"]["enabled"], of["smooth"]["enabled"])
+            for key, of in recipes.items()
+        }
+        rotated = {key for key, of in recipes.items() if of["rotation"]["enabled"]}
+        for form, smooth in (("w4a8", "w4a8-smooth"), ("w4only", "w4only-smooth"), ("w8a8", "w8a8")):
+            assert parts[f"{form}-rtn"] == (False, False, False)
+            assert parts[f"{form}-gptq"] == (True, False, False)
+            assert parts[smooth] == (False, True, True)
+            assert parts[f"{form}-rotation"] == parts[form]
+        assert parts["w8a8-smooth-gptq"] == (True, True, True)
+        assert rotated == {"w4a8-rotation", "w4only-rotation", "w8a8-rotation"}
+
     def test_a_config_gets_a_row(self, tmp_path: Path) -> None:
         (tmp_path / "best.yaml").write_text(load_recipe("int4_svdquant").to_yaml(), encoding="utf-8")
         (row,) = rows.rows([], [str(tmp_path / "best.yaml")])
@@ -198,6 +215,18 @@ class TestRows:
         weights = sum(plan.in_features * plan.out_features for plan in plans)
         assert made.bits == pytest.approx(8 * sum(plan.planned_bytes for plan in plans) / weights, rel=1e-3)
         assert 4 < made.bits < 5
+
+    def test_bits_count_layers_that_a_config_leaves_float(self, small_model: Sam2Model) -> None:
+        """Else a mix with float layers would look smaller than it is; what presets leave float never counts."""
+        usual = load_recipe("int4_w4only_rtn")
+        first, *others = method.layers_to_quantize(small_model)
+        mixed = usual.model_copy(update={"layers": {first.name: LayerConfig(dtype="float")}})
+        one, other = (ours.method_of("x", "x", recipe) for recipe in (usual, mixed))
+        subject = Subject("small", small_model, [])
+        weights = [plan.in_features * plan.out_features for plan in (first, *others)]
+        own = sum(plan.planned_bytes for plan in make_plan(small_model, usual) if plan.name == first.name)
+        gained = 8 * (first.fp16_bytes - own) / sum(weights)
+        assert other.make(subject).bits - one.make(subject).bits == pytest.approx(gained, rel=1e-2)
 
     def test_a_digest_depends_on_code_recipe_and_version(self) -> None:
         digests = [rows.code_digest(None, None), *(rows.code_digest(row, None) for row in ours.METHODS)]

@@ -47,7 +47,8 @@ class Made:
 
     Args:
         model: as PyTorch simulates it.
-        bits: what codes, scales, zero-points, channel scales and branches of the quantized layers take, per weight.
+        bits: what codes, scales, zero-points, channel scales and branches of the quantized layers take, per weight; of
+            the layers that samq's presets quantize, those that a config leaves float count as FP16.
         note: what a reader should know, else "".
     """
 

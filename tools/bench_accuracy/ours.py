@@ -11,13 +11,27 @@ import torch
 from samq.errors import UsageError
 from samq.quant.config import Recipe, load_recipe
 from samq.quant.quantize import quantize
-from samq.tools.bench_accuracy.method import BRANCH, FLOAT, OURS, W4, W4A8, W8A8, Made, Method, Subject, bits_per_weight
+from samq.tools.bench_accuracy.method import (
+    BRANCH,
+    FLOAT,
+    OURS,
+    W4,
+    W4A8,
+    W8A8,
+    Made,
+    Method,
+    Subject,
+    bits_per_weight,
+    layers_to_quantize,
+)
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Section of a recipe → keys that differ."""
 
 OFF = {"enabled": False}
 PLAIN: Changes = {"shift": OFF, "smooth": OFF}
+ROUNDED: Changes = {"wgts": {"kernel_gptq": None}}
+GPTQ: Changes = {"wgts": {"kernel_gptq": {}}}
 
 
 def with_changes(preset: str, changes: Changes) -> Recipe:
@@ -56,8 +70,10 @@ def method_of(key: str, title: str, recipe: Recipe) -> Method:
     def make(subject: Subject) -> Made:
         torch.manual_seed(0)
         result = quantize(subject.model, recipe, subject.pixels if recipe.needs_calibration else None)
-        plans = [plan for plan in result.plans if plan.skip is None]
+        usual = {plan.name for plan in layers_to_quantize(subject.model)}
+        plans = [plan for plan in result.plans if plan.skip is None or plan.name in usual]
         stored = sum(codes.stored_bytes() for codes in result.codes.values())
+        stored += sum(plan.fp16_bytes for plan in plans if plan.skip is not None)
         return Made(result.model, bits_per_weight(plans, 8 * stored))
 
     return Method(key, title, form_of(recipe), OURS, make, inputs_of(recipe), recipe=recipe.to_yaml())
@@ -80,7 +96,7 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
     ("w8a8", "`int8_w8a8`: shift, SmoothQuant", "int8_w8a8", {}),
     ("w4a8-rtn", "`int4_w4a8_rtn`: round to nearest", "int4_w4a8_rtn", {}),
     ("w4a8-gptq", "GPTQ alone", "int4_w4a8", PLAIN),
-    ("w4a8-smooth", "shift and SmoothQuant alone", "int4_w4a8", {"wgts": {"kernel_gptq": None}}),
+    ("w4a8-smooth", "shift and SmoothQuant alone", "int4_w4a8", ROUNDED),
     ("w4a8-rotation", "`int4_w4a8` with rotation", "int4_w4a8", {"rotation": {"enabled": True}}),
     (
         "w4a8-token",
@@ -90,8 +106,12 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
     ),
     ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
     ("w4only-gptq", "GPTQ alone", "int4_w4only", PLAIN),
+    ("w4only-smooth", "shift and smoothing alone", "int4_w4only", ROUNDED),
     ("w4only-rotation", "`int4_w4only` with rotation", "int4_w4only", {"rotation": {"enabled": True}}),
     ("w8a8-rtn", "round to nearest", "int8_w8a8", PLAIN),
+    ("w8a8-gptq", "GPTQ alone", "int8_w8a8", {**PLAIN, **GPTQ}),
+    ("w8a8-smooth-gptq", "`int8_w8a8` with GPTQ", "int8_w8a8", GPTQ),
+    ("w8a8-rotation", "`int8_w8a8` with rotation", "int8_w8a8", {"rotation": {"enabled": True}}),
 )
 
 METHODS = tuple(method_of(key, title, with_changes(preset, changes)) for key, title, preset, changes in _ROWS)

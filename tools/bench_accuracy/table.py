@@ -18,8 +18,9 @@ COLUMNS = ("method", "activations", "bits", *MEASURES, *(f"ahead by, {measure}" 
 LEGEND = (
     "box, click: mIoU / the float model's, with a 95 % bootstrap interval over scenes. agreement: mean IoU of all "
     "masks with the float model's. bits: what codes, scales, zero-points, channel scales and branches of the quantized "
-    "layers take, per weight. ahead by: samq's bold row of the same form, or the one that takes its activations alike, "
-    "minus this row; paired by scenes. photos: agreement on images without annotations."
+    "layers take, per weight; layers that a config leaves float count as FP16. ahead by: samq's bold row of the same "
+    "form, or the one that takes its activations alike, minus this row; paired by scenes. photos: agreement on images "
+    "without annotations."
 )
 
 
