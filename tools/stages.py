@@ -27,6 +27,7 @@ from samq.quant.folds import Folds
 from samq.quant.plan import describe_request, make_plan
 from samq.quant.quantize import Quantized, quantize
 from samq.quant.storage import load_quantized, save_quantized
+from samq.tools.ahead import Ahead
 from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_ENGINE, measure_engine_memory
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
@@ -151,7 +152,7 @@ def run_quantize(
     watch = Watch(reporter)
     torch.manual_seed(job.seed)
     seen: list[str] = []
-    quantized = _quantize(job, recipe, checkpoint, data, reporter, seen)
+    quantized, waited = _quantize(job, recipe, checkpoint, data, reporter, seen)
     out.make_room()
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
@@ -169,28 +170,31 @@ def run_quantize(
         checkpoint=checkpoint.fingerprint,
         calibration=None if source is None else f"{len(seen)} images of {source.description}",
         calibration_fingerprint=data.calibration_fingerprint,
+        waited_for_images_s=round(waited, 1),
         unreadable=[] if source is None else source.unreadable,
     )
 
 
 def _quantize(
     job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, seen: list[str]
-) -> Quantized:
-    """The quantized model; the names of the images that it was calibrated on go to `seen`."""
+) -> tuple[Quantized, float]:
+    """The quantized model, and seconds spent waiting for images; the names of those that it saw go to `seen`."""
     layers = sum(plan.skip is None for plan in make_plan(checkpoint.model, recipe, job.parts))
     if data.calibration is None:
         with reporter.track(f"quantize {layers} layers", layers) as step:
-            return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
+            return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step()), 0.0
     asked = recipe.calib.num_samples
     count = min(asked, len(data.calibration))
-    batches = pixel_batches(data.calibration, checkpoint.processor, count, recipe.calib.batch_size, job.seed, seen)
+    batches = Ahead(
+        pixel_batches(data.calibration, checkpoint.processor, count, recipe.calib.batch_size, job.seed, seen)
+    )
     steps = -(-count // recipe.calib.batch_size) + layers
     with reporter.track(f"quantize {layers} layers on {count} images", steps) as step:
         result = quantize(checkpoint.model, recipe, batches, job.parts, lambda _: step())
     warn_of_unreadable(data.calibration, reporter)
     if len(seen) < asked:
         reporter.warn(f"calibrated on {len(seen)} images; {asked} were asked for")
-    return result
+    return result, batches.waited
 
 
 def pixel_batches(
