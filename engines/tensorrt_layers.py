@@ -146,7 +146,7 @@ def _span(layer: EngineLayer, places: Mapping[str, int]) -> tuple[int, int] | No
 
 
 def executed(layers: Sequence[EngineLayer], gemms: Sequence[str]) -> dict[str, Executed]:
-    """What became of each GEMM, by layer name for `<layer>/MatMul…`, by node name for those of a low-rank branch.
+    """What became of each GEMM, by layer name for `<layer>/MatMul…`, by node name for branches and rotations.
 
     A layer that was split into several GEMMs (`<layer>/MatMul_q`, …) is told as one; where they differ, as each.
     """

@@ -7,6 +7,8 @@ Weight, one level    DequantizeLinear(codes, scale[, zero_point], block) → (Ma
 Weight, two levels   DequantizeLinear(codes, group_scale[, zero_point], block)   integers up to ±127
                      → QuantizeLinear(1) → DequantizeLinear(channel_scale)       exactly a per-channel INT8 weight
 Multiplier           x → Mul(p) in front of all that follows
+Rotation             x → MatMul(Rᵀ) behind that, node `<layer>/rotated`; layers of one width read one constant
+                     `rotation_<K>` and, where they read one x, share the MatMul
 Low-rank branch      x → MatMul(down) → MatMul(up) → Add to the result; nodes `<layer>/low_rank/…`, role "low_rank";
                      layers that share `down` read one constant and, where they read one x, one MatMul
 
@@ -30,6 +32,7 @@ from samq.quant.grids import QuantizedWeight
 from samq.quant.inputs import SMALLEST_RANGE, InputGrid
 from samq.quant.layers import LayerCodes
 from samq.quant.low_rank import LowRank
+from samq.quant.rotate import runtime_rotation
 
 LOW_RANK = "low_rank"
 FLOAT = ir.DataType.FLOAT
@@ -44,7 +47,7 @@ def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) ->
         model: a skeleton from `samq.export.trace`.
         layers: the float layer or the codes of every site, by layer name.
     """
-    graph, branches = model.graph, _Branches()
+    graph, branches, rotations = model.graph, _Branches(), _Rotations()
     for boundary in _nodes(graph, BOUNDARY_OP):
         _name_tokens(graph, boundary)
     for site in _nodes(graph, SITE_OP):
@@ -54,7 +57,7 @@ def fill_sites(model: ir.Model, layers: Mapping[str, nn.Linear | LayerCodes]) ->
         x, result = site.inputs[0], site.outputs[0]
         assert x is not None
         if isinstance(layer, LayerCodes):
-            filled = _quantized(writer, x, layer, result, branches)
+            filled = _quantized(writer, x, layer, result, branches, rotations)
         else:
             weight = writer.constant(_array(layer.weight.T), "weight")
             filled = _gemm(writer, x, weight, layer.bias, result)
@@ -114,10 +117,14 @@ def _gemm(writer: Writer, x: ir.Value, weight: ir.Value, bias: Tensor | None, li
     return writer.node("Add", [result, constant], "Add", dtype=FLOAT, shape=like.shape)
 
 
-def _quantized(writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value, branches: _Branches) -> ir.Value:
+def _quantized(
+    writer: Writer, x: ir.Value, layer: LayerCodes, like: ir.Value, branches: _Branches, rotations: _Rotations
+) -> ir.Value:
     if layer.multiplier is not None:
         multiplier = writer.constant(_array(layer.multiplier), "multiplier")
         x = writer.node("Mul", [x, multiplier], "multiplied", dtype=FLOAT, shape=x.shape)
+    if layer.rotated:
+        x = rotations.add(writer, x, layer.weight.codes.shape[1])
     inputs = x if layer.inputs is None else _quantized_inputs(writer, x, layer.inputs, layer.weight.codes.shape[1])
     result = _gemm(writer, inputs, _quantized_weight(writer, layer.weight), layer.bias, like)
     return result if layer.branch is None else branches.add(writer, x, layer.branch, layer.down_of, result)
@@ -196,6 +203,24 @@ def _quantized_weight(writer: Writer, weight: QuantizedWeight) -> ir.Value:
         "DequantizeLinear", [int8, channel_scale, zeros], "weight/ChannelDequantizeLinear",
         dtype=FLOAT, shape=shape, axis=1,
     )  # fmt: skip
+
+
+class _Rotations:
+    """Writes rotations of inputs and keeps what layers share of them."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[int, ir.Value] = {}
+        self._rotated: dict[ir.Value, ir.Value] = {}
+
+    def add(self, writer: Writer, x: ir.Value, width: int) -> ir.Value:
+        """x Rᵀ [..., K]."""
+        if width not in self._matrices:
+            matrix = _array(runtime_rotation(width).T)
+            self._matrices[width] = add_initializer(writer.graph, f"rotation_{width}", matrix)
+        if x not in self._rotated:
+            factors = [x, self._matrices[width]]
+            self._rotated[x] = writer.node("MatMul", factors, "rotated", dtype=FLOAT, shape=x.shape)
+        return self._rotated[x]
 
 
 class _Branches:

@@ -302,18 +302,23 @@ class RotationConfig(_Section):
     """Orthogonal rotation of the activations and its inverse on the weights (QuaRot, arXiv 2404.00456).
 
     That of attention values comes after shifting and smoothing. Without these, channels that are far larger than the
-    rest, or far from zero, spoil all of a head. That of residual streams comes first of all.
+    rest, or far from zero, spoil all of a head. That of residual streams comes first of all, that at run time last.
     """
 
     enabled: bool = False
     residual: bool = Field(
         default=False, description="also the residual streams that can be rotated exactly, those without pooling"
     )
+    online: bool = Field(
+        default=False,
+        description="also all inputs whose rotation nothing absorbs: a product by a [K, K] matrix before the layer",
+    )
 
     @model_validator(mode="after")
-    def _residual_is_a_rotation(self) -> RotationConfig:
-        if self.residual and not self.enabled:
-            raise impossible("true needs enabled: true", key="residual")
+    def _is_a_rotation(self) -> RotationConfig:
+        for key in ("residual", "online"):
+            if getattr(self, key) and not self.enabled:
+                raise impossible("true needs enabled: true", key=key)
         return self
 
 

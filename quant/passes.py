@@ -29,7 +29,7 @@ from samq.quant.low_rank import energies
 from samq.quant.modelopt_quantizer import Decided, config_for, decide, shared_multiplier, version
 from samq.quant.plan import LayerPlan, branch_allowance, grid_of, stacked, with_rank
 from samq.quant.ranks import Candidate, share_out
-from samq.quant.rotate import rotate_values
+from samq.quant.rotate import rotate_inputs, rotate_values
 from samq.quant.rounding import Rounded, ToRound, round_layers, together
 from samq.quant.scales import choose_scales
 from samq.quant.shift import fold_offset, middle
@@ -82,6 +82,7 @@ class Work:
         notes: remarks by layer name.
         folds: the exact changes of basis so far.
         multipliers: what the inputs of a layer are multiplied by, [K], where nothing absorbs it.
+        rotated: names of layers whose inputs are rotated at run time, behind that.
         images: pixel values [B, 3, S, S], for passes that need IMAGES.
         walk: through the encoder, where blocks are to be calibrated behind the quantized ones before them.
         tick: called with a layer's name when it is done.
@@ -95,6 +96,7 @@ class Work:
     notes: dict[str, LayerNotes] = field(default_factory=dict)
     folds: Folds = field(default_factory=Folds)
     multipliers: dict[str, Tensor] = field(default_factory=dict)
+    rotated: set[str] = field(default_factory=set)
     images: Iterable[Tensor] = ()
     walk: BlockWalk | None = None
     tick: Tick = lambda _: None
@@ -266,6 +268,27 @@ class RotateValues(Pass):
         return [site.layers[0] for site in sites]
 
 
+class RotateInputs(Pass):
+    """Spread outliers of all other inputs at run time, by a product with R in front of the layer."""
+
+    exact = True
+
+    def apply(self, work: Work) -> list[str]:
+        """Rotate the inputs of every quantized layer for which no rotation was folded."""
+        sites = [site for site in fold_sites(work.model) if site.source in work.folds.rotated]
+        for stream in residual_streams(work.model):
+            sites += stream.sites_in(work.model) if stream.name in work.folds.streams else []
+        left = {layer for site in sites for layer in site.layers}
+        touched = [name for name in work.plans if name not in left]
+        for layer in touched:
+            rotation = rotate_inputs(linear_at(work.model, layer))
+            if layer in work.statistics:
+                work.statistics[layer].rotate(rotation)
+            work.note(layer).remark("inputs rotated at run time by a product in front of the layer")
+        work.rotated.update(touched)
+        return touched
+
+
 class ChooseRanks(Pass):
     """Share the bytes of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`)."""
 
@@ -407,7 +430,8 @@ class Quantize(Pass):
         shares = rounded.branch is not None and name != first
         if shares:
             notes.remark(f"low-rank branch with the down-projection of {first}")
-        work.put(name, replace(codes, multiplier=work.multipliers.get(name), down_of=first if shares else None))
+        multiplier, rotated = work.multipliers.get(name), name in work.rotated
+        work.put(name, replace(codes, multiplier=multiplier, down_of=first if shares else None, rotated=rotated))
 
 
 class ModelOpt(Pass):
@@ -486,7 +510,8 @@ def passes_for(recipe: Recipe) -> list[Pass]:
 
     Middles are taken away before channels are compared by their ranges, and channels are made alike before a rotation
     mixes them. The other way round one outlier would be in all channels of a head, where no scale reaches it. A
-    residual stream is rotated first of all, as that takes the gains of its LayerNorms away, and scales with them.
+    residual stream is rotated first of all, as that takes the gains of its LayerNorms away, and scales with them. At
+    run time inputs are rotated last of all, when it is known what was folded.
     """
     if recipe.quantizer == "modelopt":
         return [ModelOpt(recipe), RoundRest()]
@@ -499,6 +524,8 @@ def passes_for(recipe: Recipe) -> list[Pass]:
         passes.append(Smooth(recipe.smooth.alpha, multiply=recipe.smooth.multiply))
     if recipe.rotation.enabled:
         passes.append(RotateValues())
+    if recipe.rotation.online:
+        passes.append(RotateInputs())
     if any(own.auto_rank for own in recipe.variants()):
         passes.append(ChooseRanks(recipe))
     return [*passes, Quantize(recipe), RoundRest()]

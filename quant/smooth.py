@@ -22,7 +22,14 @@ SMALLEST = 1e-5
 
 
 def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s [K] of eq. 4, from a magnitude of each input channel and of each weight column."""
+    """s [K] of eq. 4, from a magnitude of each input channel and of each weight column.
+
+    A channel that no image used, as there are behind ReLU, is taken to be like the others: one that does would
+    otherwise find it enlarged ten-thousandfold.
+    """
+    used = inputs > 0
+    if used.any():
+        inputs = torch.where(used, inputs, inputs[used].median())
     factors = inputs.clamp(min=SMALLEST) ** alpha / weights.clamp(min=SMALLEST) ** (1 - alpha)
     return factors.clamp(min=SMALLEST)
 

@@ -9,8 +9,9 @@ quantized.safetensors holds, for each quantized layer,
     <layer>.multiplier      [K] float32, where the inputs are multiplied by it first
     <layer>.bias            float32
 and every other tensor of the model under its own name, in FP16 where that is exact and in float32 otherwise. What is
-no tensor (shapes, grids, the inputs' scales) is JSON in the file's metadata, under one key, the format's name: with
-two keys, safetensors would write them in a random order. `config.json` beside it is the model's.
+no tensor (shapes, grids, the inputs' scales, whether inputs are rotated) is JSON in the file's metadata, under one
+key, the format's name: with two keys, safetensors would write them in a random order. `config.json` beside it is the
+model's.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def _encode(layer: LayerCodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "branch": layer.branch is not None,
         "down_of": layer.down_of,
         "multiplier": layer.multiplier is not None,
+        "rotated": layer.rotated,
         "bias": layer.bias is not None,
     }
 
@@ -173,6 +175,7 @@ def _decode(
         bias,
         multiplier,
         down_of,
+        description.get("rotated", False),
     )
 
 

@@ -24,6 +24,7 @@ from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 from samq.export.trace import ANY_SHAPE, StaticShape
 
 SIGNED = {"wgts": {"dtype": "sint4"}}
+ROTATED = {"rotation": {"enabled": True, "online": True}}
 FORMS: list[tuple[str, dict[str, Any]]] = [
     ("float", {}), ("half", {}), ("int8_w8a8", {}), ("int4_w4a8_rtn", {}), ("int4_w4only_rtn", {}),
     ("int4_w4only_rtn", SIGNED),
@@ -57,6 +58,15 @@ def test_lowered_decoders_of_other_shapes_are_clean(shapes: StaticShape, target:
 @pytest.mark.parametrize("low_rank", ["branch", "fold"])
 def test_lowered_branches_are_clean(target: TensorRtTarget, low_rank: Any) -> None:
     lowered = lower_for_tensorrt(static_form("int4_svdquant", IMAGE_ENCODER), target, low_rank)
+    assert lint(lowered.model, target) == []
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["int8_w8a8", "int4_svdquant", "int4_w4only_rtn"])
+def test_lowered_rotations_are_clean(name: str, part: str, target: TensorRtTarget) -> None:
+    lowered = lower_for_tensorrt(static_form(name, part, **ROTATED), target, rewrites=REWRITES)
+    assert "rotated" in {str(node.name).rpartition("/")[2] for node in lowered.model.graph}
     assert lint(lowered.model, target) == []
 
 

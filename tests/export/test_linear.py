@@ -31,6 +31,8 @@ STATIC_U8 = InputGrid("uint8", "per_tensor", 0.03, 77)
 PER_TENSOR = InputGrid("sint8", "per_tensor")
 PER_TOKEN = InputGrid("sint8", "per_token")
 
+ROTATED = recipe_of("int4_w4only_rtn", rotation={"enabled": True, "online": True})
+
 WEIGHTS_ONLY = [  # bits, signed, group of 80 inputs; 0 stands for the whole channel
     *((4, signed, group) for signed in (True, False) for group in (16, 64, 0)),
     *((8, signed, group) for signed in (True, False) for group in (48, 0)),
@@ -52,8 +54,9 @@ def codes(
     rank: int = 0,
     bias: bool = True,
     multiplied: bool = False,
+    rotated: bool = False,
 ) -> LayerCodes:
-    """A random layer of `sizes` (K, N), with a multiplier where asked for."""
+    """A random layer of `sizes` (K, N), with a multiplier and rotated inputs where asked for."""
     generator = torch.Generator().manual_seed(bits + 10 * group)
     weight = torch.randn(*sizes[::-1], generator=generator) * torch.logspace(-2, 1, sizes[1])[:, None]
     branch = truncated_svd(weight, rank) if rank else None
@@ -61,7 +64,8 @@ def codes(
     grid = Grid(bits, signed, two_level=bits == 4 and inputs is not None)
     rounded = round_to_grid(rest, choose_scales(rest, grid, group or sizes[0]), grid)
     shift = torch.randn(sizes[1], generator=generator) if bias else None
-    return LayerCodes(rounded, inputs, branch, shift, torch.logspace(-1, 1, sizes[0]) if multiplied else None)
+    multiplier = torch.logspace(-1, 1, sizes[0]) if multiplied else None
+    return LayerCodes(rounded, inputs, branch, shift, multiplier, rotated=rotated)
 
 
 def tokens(width: int = 80) -> NDArray[np.float32]:
@@ -116,6 +120,35 @@ def test_a_layer_with_a_multiplier_computes_what_torch_simulates(inputs: InputGr
     found = as_written(filled(layer), {"x": tokens()})[0]
     assert largest_error(found, simulated(layer, tokens())) < 1e-5
     assert largest_error(found, simulated(replace(layer, multiplier=None), tokens())) > 0.1
+
+
+@pytest.mark.parametrize("inputs", [None, STATIC_S8, PER_TENSOR])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_layer_with_rotated_inputs_computes_what_torch_simulates(
+    inputs: InputGrid | None, rank: int, multiplied: bool
+) -> None:
+    layer = codes(4, True, 16, inputs, rank=rank, multiplied=multiplied, rotated=True)
+    model = filled(layer)
+    assert {"a.layer/rotated", "a.layer/MatMul"} <= {node.name for node in model.graph}
+    found = as_written(model, {"x": tokens()})[0]
+    assert largest_error(found, simulated(layer, tokens())) < 1e-5
+    assert largest_error(found, simulated(replace(layer, rotated=False), tokens())) > 0.1
+
+
+def test_layers_of_one_width_share_the_rotation() -> None:
+    """One constant a width, stored in FP16, and one product for each tensor that is read."""
+    result = quantized(ROTATED)
+    model = store_as_fp16(canonical(ROTATED, IMAGE_ENCODER), rounding=False)
+    rotated = {name: layer for name, layer in result.codes.items() if layer.rotated and part_of(name) == IMAGE_ENCODER}
+    widths = {layer.weight.codes.shape[1] for layer in rotated.values()}
+    stored = {name: value.dtype for name, value in model.graph.initializers.items() if name.startswith("rotation_")}
+    assert stored == {f"rotation_{width}": ir.DataType.FLOAT16 for width in widths}
+    products = [node for node in model.graph if str(node.name).endswith("/rotated")]
+    assert len(products) == len({id(node.inputs[0]) for node in products})
+    layers = [str(node.name).removesuffix("/rotated") for node in products]
+    assert len(set(layers)) == len(layers) < len(rotated)  # qkv and proj of a block that widens read the same tokens
+    assert set(layers) < set(rotated)
 
 
 def test_the_onnx_reference_evaluator_agrees() -> None:

@@ -88,6 +88,18 @@ def test_a_multiplier_stands_in_front_of_everything(inputs: InputGrid | None, ra
     assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens())) < 1e-5
 
 
+@pytest.mark.parametrize("inputs", [None, STATIC_S8, PER_TENSOR])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_inputs_are_rotated_behind_the_multiplier(
+    inputs: InputGrid | None, rank: int, multiplied: bool, tmp_path: Path
+) -> None:
+    layer = codes(4, True, 16, inputs, rank=rank, multiplied=multiplied, rotated=True)
+    assert largest_error(answer_of(layer, tmp_path), simulated(layer, tokens())) < 1e-5
+    executed = executed_layers(tmp_path / "lowered.onnx")
+    assert {name: one.compute for name, one in executed.items()} == {"a.layer": NAMES[inputs is None]}
+
+
 @pytest.mark.parametrize("width", [16, 33, 100, 200])
 @pytest.mark.parametrize("signed", [True, False])
 def test_inputs_that_no_block_divides(width: int, signed: bool, tmp_path: Path) -> None:
@@ -141,6 +153,8 @@ def test_float_layers_stay(tmp_path: Path) -> None:
         assert largest_error(engine.run({"x": tokens()})["y"], layer(torch.from_numpy(tokens())).numpy()) < 1e-6
 
 
+NAMES = {True: "INT4 weights, FP32 arithmetic", False: "INT8 GEMM"}  # by whether inputs are float
+ONLINE = {"enabled": True, "online": True}
 DYNAMIC = {"mode": "dynamic"}
 WHOLE_MODELS: dict[str, Recipe] = {
     **{name: recipe_of(name) for name in preset_names()},
@@ -148,6 +162,8 @@ WHOLE_MODELS: dict[str, Recipe] = {
     "per token": recipe_of("int4_w4a8_rtn", ipts={**DYNAMIC, "granularity": "per_token"}),
     "per tensor, dynamic": recipe_of("int8_w8a8", ipts=DYNAMIC),
     "uint8 inputs": recipe_of("int4_w4a8_rtn", ipts={"dtype": "uint8"}),
+    "rotated at run time": recipe_of("int4_w4only_rtn", rotation=ONLINE),
+    "rotated at run time, INT8 inputs": recipe_of("int4_svdquant", rotation=ONLINE),
 }
 
 

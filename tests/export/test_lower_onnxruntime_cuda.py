@@ -87,6 +87,14 @@ def test_a_multiplier_stands_in_front_of_everything(weights: Weights, tmp_path: 
     assert largest_error(answer_of(layer, tmp_path, weights), expected) < FP16
 
 
+@pytest.mark.parametrize("weights", get_args(Weights))
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_inputs_are_rotated_behind_the_multiplier(weights: Weights, multiplied: bool, tmp_path: Path) -> None:
+    layer = codes(4, True, 16, STATIC_S8, rank=4, multiplied=multiplied, rotated=True)
+    expected = simulated(replace(layer, inputs=None), tokens())
+    assert largest_error(answer_of(layer, tmp_path, weights), expected) < FP16
+
+
 @pytest.mark.parametrize("weights", ["packed", "dequantized at load"])
 @pytest.mark.parametrize("width", [16, 33, 100, 112, 200])
 @pytest.mark.parametrize("signed", [True, False])

@@ -149,6 +149,21 @@ def test_a_multiplier_stands_in_front_of_everything(inputs: InputGrid | None) ->
     assert largest_error(as_written(lowered.model, {"x": tokens()})[0], simulated(layer, tokens())) < 1e-5
 
 
+@pytest.mark.parametrize("inputs", [None, STATIC_S8])
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_inputs_are_rotated_behind_the_multiplier(
+    inputs: InputGrid | None, multiplied: bool, target: TensorRtTarget
+) -> None:
+    layer = codes(4, True, 16, inputs, rank=4, multiplied=multiplied, rotated=True)
+    lowered = lowered_layer(layer, target)
+    assert set(lowered.layers) == {"a.layer"}
+    assert lowered.layers["a.layer"].compute == (FLOAT_GEMM if inputs is None else INT8_GEMM)
+    found = as_written(lowered.model, {"x": tokens()})[0]
+    allowed = 1e-5 if target is TRT8 else FLIPPED_CODES if inputs else HALF_ERROR
+    assert largest_error(found, simulated(layer, tokens())) < allowed
+
+
 def test_nothing_stands_between_constants_and_the_gemm() -> None:
     for target, weights in ((TRT8, ["QuantizeLinear", "DequantizeLinear"]), (TRT10, ["DequantizeLinear"])):
         model = lowered_layer(codes(4, True, 16, STATIC_S8), target).model

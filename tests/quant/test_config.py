@@ -135,6 +135,7 @@ smooth:
 rotation:
   enabled: false
   residual: false
+  online: false
 calib:
   num_samples: 128
   batch_size: 1
@@ -173,7 +174,8 @@ recipes = st.builds(
     shift=st.builds(ShiftConfig, enabled=st.booleans()),
     smooth=st.builds(SmoothConfig, enabled=st.booleans(), alpha=fractions | st.just("auto"))
     | st.just(SmoothConfig(enabled=True, multiply=True)),
-    rotation=st.builds(RotationConfig, enabled=st.just(True), residual=st.booleans()) | st.just(RotationConfig()),
+    rotation=st.builds(RotationConfig, enabled=st.just(True), residual=st.booleans(), online=st.booleans())
+    | st.just(RotationConfig()),
     calib=st.builds(
         CalibConfig,
         mode=st.sampled_from(["one_pass", "sequential"]),
@@ -195,6 +197,7 @@ def test_any_recipe_round_trips(recipe: Recipe) -> None:
         ("  low_rank: {weighting: diagonal}\n", True),
         ("  low_rank: {rank: auto}\n", False),
         ("rotation: {enabled: true, residual: true}\n", False),
+        ("rotation: {enabled: true, online: true}\n", False),
         ("ipts: {mode: dynamic}\n", False),
         ("ipts: {mode: dynamic, granularity: per_token}\nrotation: {enabled: true}\n", False),
         ("ipts: {mode: static}\n", True),
@@ -236,7 +239,7 @@ def test_needs_calibration(content: str, needs_calibration: bool) -> None:
             SINT4 + "on: 1\n",
             3,
             "on",
-            "known keys here: quantizer, modelopt, wgts, layers, ipts, shift, smooth, rotation, calib",
+            "did you mean rotation.online?",
         ),
     ],
 )
@@ -291,7 +294,7 @@ def test_unknown_key(unknown: str, line: int, key: str, advice: str) -> None:
         (
             f"{SINT4}rotation: {'x' * 99}\n",
             3,
-            f"rotation: '{'x' * 59}... is not a mapping; its keys are enabled, residual",
+            f"rotation: '{'x' * 59}... is not a mapping; its keys are enabled, residual, online",
         ),
         (
             "# c\n- wgts\n",
@@ -365,6 +368,7 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             "wgts.low_rank.weighting: 'ful' is not one of none, diagonal, full",
         ),
         (SINT4 + "rotation: {residual: true}\n", 3, "rotation.residual: true needs enabled: true"),
+        (SINT4 + "rotation: {online: true}\n", 3, "rotation.online: true needs enabled: true"),
         (SINT4 + "smooth: {multiply: true}\n", 3, "smooth.multiply: true needs enabled: true"),
         *(
             (
@@ -381,6 +385,7 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
                 ("shift: {enabled: true}\n", "shift"),
                 ("smooth: {enabled: true}\n", "smooth"),
                 ("rotation: {enabled: true}\n", "rotation"),
+                ("rotation: {enabled: true, online: true}\n", "rotation"),
                 ("calib: {mode: sequential}\n", "calib.mode"),
                 ("layers: {a: {dtype: sint8}}\n", "layers"),
             )

@@ -13,6 +13,7 @@ from samq.quant.grids import Grid, round_to_grid
 from samq.quant.inputs import InputGrid
 from samq.quant.layers import LayerCodes, QuantizedLinear, replace_module
 from samq.quant.low_rank import truncated_svd
+from samq.quant.rotate import runtime_rotation
 from samq.quant.scales import choose_scales
 
 GRIDS = {
@@ -76,6 +77,22 @@ def test_a_multiplier_comes_before_anything_else(inputs: str) -> None:
         answers = QuantizedLinear(replace(multiplied, bias=None))(torch.eye(40)).T
         torch.testing.assert_close(answers, multiplied.effective_weight(), rtol=1e-5, atol=1e-5)
     assert multiplied.stored_bytes() == plain.stored_bytes() + 4 * 40
+
+
+@pytest.mark.parametrize("inputs", ["float", "static"])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_rotation_comes_behind_the_multiplier_and_before_the_rest(inputs: str, multiplied: bool) -> None:
+    multiplier = torch.linspace(0.1, 4, 40) if multiplied else None
+    plain = codes_of(Grid(8, True), INPUTS[inputs], 3, True)
+    rotated = replace(plain, multiplier=multiplier, rotated=True)
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    turned = (x if multiplier is None else x * multiplier) @ runtime_rotation(40).T
+    torch.testing.assert_close(QuantizedLinear(rotated)(x), QuantizedLinear(plain)(turned))
+    assert not torch.allclose(QuantizedLinear(rotated)(x), QuantizedLinear(plain)(x), atol=1.0)
+    if inputs == "float":
+        answers = QuantizedLinear(replace(rotated, bias=None))(torch.eye(40)).T
+        torch.testing.assert_close(answers, rotated.effective_weight(), rtol=1e-5, atol=1e-5)
+    assert rotated.stored_bytes() == plain.stored_bytes() + (4 * 40 if multiplied else 0)
 
 
 def test_bytes_are_those_of_weight_and_branch() -> None:

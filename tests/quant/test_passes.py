@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from small_model import outputs, recipe_of, relative
+from small_model import outputs, pixels, recipe_of, relative
 from torch import Tensor, nn
 from transformers import Sam2Model
 
@@ -20,6 +21,7 @@ from samq.quant.passes import (
     RANGE,
     ChooseRanks,
     Quantize,
+    RotateInputs,
     RotateStreams,
     RotateValues,
     RoundRest,
@@ -29,6 +31,8 @@ from samq.quant.passes import (
     passes_for,
 )
 from samq.quant.plan import grid_of, make_plan
+from samq.quant.quantize import quantize
+from samq.quant.rotate import runtime_rotation
 from samq.quant.scales import choose_scales
 from samq.quant.sites import fold_sites, linear_at
 from samq.quant.smooth_search import best_alpha
@@ -89,6 +93,9 @@ def test_what_the_recipe_says_it_needs_is_what_the_passes_need(preset: str) -> N
 def test_channels_are_shifted_then_smoothed_then_rotated() -> None:
     kinds = [type(step) for step in passes_for(recipe_of(rotation={"enabled": True}))]
     assert kinds == [Shift, Smooth, RotateValues, Quantize, RoundRest]
+    everything = {"enabled": True, "residual": True, "online": True}
+    kinds = [type(step) for step in passes_for(recipe_of(rotation=everything))]
+    assert kinds == [RotateStreams, Shift, Smooth, RotateValues, RotateInputs, Quantize, RoundRest]
 
 
 def test_gptq_notes_its_damping_and_error(small_model: Sam2Model) -> None:
@@ -413,6 +420,71 @@ def test_rotation_takes_the_statistics_with_it(small_model: Sam2Model, gathered:
                 output_error(w, e.hessian) for w, e in zip(weights, (old, entry), strict=True) if e.hessian is not None
             ]
             assert outs[1] == pytest.approx(outs[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_nothing_absorbs_is_rotated_at_run_time(small_model: Sam2Model, residual: bool) -> None:
+    """The float model stays what it was; layers whose inputs a folded rotation has are left alone."""
+    blocks = "vision_encoder.backbone.blocks"
+    work = work_on_all_layers(small_model, recipe_of("int8_w8a8"))
+    folded = set(RotateValues().apply(work))
+    if residual:
+        RotateStreams().apply(work)
+        folded |= {f"{blocks}.{name}" for name in ("0.attn.qkv", "0.mlp.proj_in", "1.attn.qkv", "1.proj")}
+    touched = set(RotateInputs().apply(work))
+    assert touched == work.rotated == set(work.plans) - folded
+    assert {f"{blocks}.0.mlp.proj_out", f"{blocks}.4.proj", f"{blocks}.4.attn.qkv"} < touched
+    for found, expected in zip(outputs(work.model), outputs(small_model), strict=True):
+        assert relative(found - expected, expected) < 1e-4
+    remark = "inputs rotated at run time by a product in front of the layer"
+    assert {name for name, notes in work.notes.items() if remark in notes.remarks} == touched
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("inputs", [{}, {"granularity": "per_token", "mode": "dynamic"}], ids=["static", "per token"])
+def test_channels_behind_relu_that_calibration_never_used_do_no_harm(
+    small_model: Sam2Model, online: bool, inputs: dict[str, Any]
+) -> None:
+    """One image leaves dead channels behind ReLU, which the next one uses."""
+    recipe = recipe_of("int8_w8a8", rotation={"enabled": online, "online": online}, ipts=inputs)
+    result = quantize(small_model, recipe, [pixels(1, seed=1)])
+    masks, exact = outputs(result.model)[3], outputs(small_model)[3]
+    assert relative(masks - exact, exact) < 0.2
+    assert result.codes["mask_decoder.transformer.layers.0.mlp.proj_out"].rotated == online
+
+
+def test_inputs_are_multiplied_then_rotated(small_model: Sam2Model) -> None:
+    work = work_on_all_layers(small_model, recipe_of("int8_w8a8"))
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_out"
+    rows, old = work.statistics[layer].sample, linear_at(small_model, layer)
+    Smooth(0.5, multiply=True).apply(work)
+    RotateInputs().apply(work)
+    entry, new = work.statistics[layer], linear_at(work.model, layer).weight.detach()
+    rotation = runtime_rotation(new.shape[1])
+    torch.testing.assert_close(new @ rotation * work.multipliers[layer], old.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entry.sample, (rows * work.multipliers[layer]) @ rotation.T, rtol=1e-3, atol=1e-3)
+    Quantize(work.recipe).apply(work)
+    codes, module = work.codes[layer], work.model.get_submodule(layer)
+    assert codes.rotated
+    assert codes.multiplier is not None
+    assert relative(codes.effective_weight() - old.weight, old.weight) < 0.02  # 8 bits
+    assert relative(module(rows) - old(rows), old(rows)) < 0.05  # one scale for all inputs
+
+
+def test_second_moments_are_rotated(small_model: Sam2Model) -> None:
+    """R H Rᵀ from the definition, and with it the output error of the turned weight."""
+    work = work_on_all_layers(small_model)
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_out"
+    before = copy.deepcopy(work.statistics[layer])
+    RotateInputs().apply(work)
+    entry, weights = work.statistics[layer], [linear_at(m, layer).weight.detach() for m in (small_model, work.model)]
+    assert before.hessian is not None
+    assert entry.hessian is not None
+    rotation = runtime_rotation(before.hessian.shape[0]).double()
+    expected = rotation @ before.hessian.double() @ rotation.T
+    assert relative(entry.hessian - expected, expected) < 1e-6
+    errors = [output_error(w, h) for w, h in zip(weights, (before.hessian, entry.hessian), strict=True)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
 
 
 def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:

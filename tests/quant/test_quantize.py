@@ -98,10 +98,10 @@ def test_gptq_beats_rounding_and_smoothing_keeps_it(small_model: Sam2Model) -> N
 
 
 @pytest.mark.parametrize("preset", ["int4_w4a8", "int4_w4only", "int4_svdquant", "int8_w8a8"])
-@pytest.mark.parametrize("rotate", [False, True])
-def test_outlier_channels_cost_nothing(small_model: Sam2Model, preset: str, rotate: bool) -> None:
+@pytest.mark.parametrize("rotation", [{}, {"enabled": True}, {"enabled": True, "online": True}], ids=str)
+def test_outlier_channels_cost_nothing(small_model: Sam2Model, preset: str, rotation: dict[str, bool]) -> None:
     """Shifting and smoothing undo what a hostile variant of the model adds, and leave a rotation nothing to spread."""
-    recipe = recipe_of(preset, rotation={"enabled": rotate}, wgts={"skip_decoder": True})
+    recipe = recipe_of(preset, rotation=rotation, wgts={"skip_decoder": True})
     reference = outputs(small_model)[0]
     errors = [
         relative(outputs(quantize(model, recipe, images()).model)[0] - reference, reference)

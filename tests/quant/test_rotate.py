@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.parts import ImageEncoder
-from samq.quant.rotate import mean_keeping_rotation, rotate_values, spreading_rotation
+from samq.quant.rotate import (
+    mean_keeping_rotation,
+    rotate_inputs,
+    rotate_values,
+    runtime_rotation,
+    spreading_rotation,
+)
 from samq.quant.sites import FoldSite, fold_sites
 
 SITES = [site for site in fold_sites(small_sam2()) if site.heads is not None]
@@ -70,3 +76,29 @@ def test_the_output_projection_sees_rotated_heads(small_model: Sam2Model) -> Non
     before, after = (x.unflatten(-1, (2, -1)).double() for x in seen)
     rotation = spreading_rotation(before.shape[-1])
     torch.testing.assert_close(after, before @ rotation.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3, 12, 32, 88, 112, 200])
+def test_a_rotation_at_run_time_is_made_of_fp16_numbers(width: int) -> None:
+    rotation = runtime_rotation(width)
+    assert rotation.dtype == torch.float32
+    assert torch.equal(rotation.half().float(), rotation)
+    gram, exact = rotation.double() @ rotation.double().T, torch.eye(width, dtype=torch.float64)
+    torch.testing.assert_close(gram, exact, rtol=0, atol=2**-10)
+    torch.testing.assert_close(rotation.double(), spreading_rotation(width), rtol=2**-11, atol=1e-7)
+    assert runtime_rotation(width) is rotation  # which layers of one width share
+
+
+@pytest.mark.parametrize("width", [3, 12, 32, 88, 200])
+def test_a_layer_with_rotated_inputs_puts_out_the_same(width: int) -> None:
+    """x Wᵀ in float64, from the definition; and by the layer itself, whose hook rotates."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(width, 24), torch.randn(50, width, dtype=torch.float64)
+    weight, bias = layer.weight.detach().double().clone(), layer.bias.detach().double()
+    rotation = rotate_inputs(layer)
+    assert torch.equal(rotation, runtime_rotation(width).double())
+    assert relative(layer.weight.detach() - weight, weight) > 0.5
+    rotated = (x @ rotation.T) @ layer.weight.detach().double().T
+    assert relative(rotated - x @ weight.T, x @ weight.T) < 1e-6
+    found = layer(x.float()).detach()
+    assert relative(found - (x @ weight.T + bias), found) < 1e-5

@@ -119,3 +119,10 @@ def test_every_fold_together_is_exact(small_model: Sam2Model, seed: int) -> None
             assert not torch.equal(layer.weight, weight)
     for after, before_it in zip(outputs(smoothed), outputs(small_model), strict=True):
         assert relative(after - before_it, before_it) < 2e-5
+
+
+def test_a_channel_that_no_image_used_is_taken_to_be_like_the_others() -> None:
+    inputs, weights = torch.tensor([1.0, 0.0, 3.0, 8.0, 0.0]), torch.ones(5)
+    factors = smoothing_factors(inputs, weights, 0.5)
+    assert factors.tolist() == pytest.approx([1, 3**0.5, 3**0.5, 8**0.5, 3**0.5])
+    assert smoothing_factors(torch.zeros(5), weights, 0.5).unique().numel() == 1

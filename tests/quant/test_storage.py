@@ -34,6 +34,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "sint4 weights": lambda: recipe_of("int4_w4only_rtn", wgts={"dtype": "sint4", "group_shapes": [[1, -1]]}),
     "sint8 weights": lambda: recipe_of("int4_w4only_rtn", wgts={"dtype": "sint8", "group_shapes": [[1, 32]]}),
     "rotation": lambda: recipe_of("int4_w4a8_rtn", rotation={"enabled": True}),
+    "rotation online": lambda: recipe_of(
+        "int4_w4a8_rtn", smooth={"enabled": True, "multiply": True}, rotation={"enabled": True, "online": True}
+    ),
     "high rank": lambda: recipe_of(
         wgts={"low_rank": {"rank": 8, "compensate": True, "max_overhead": 0.5}, "skip_decoder": True}
     ),
@@ -72,8 +75,9 @@ def test_bit_for_bit(small_model: Sam2Model, name: str, tmp_path: Path) -> None:
         assert loaded.inputs == entry.inputs
         assert (loaded.branch is None) == (entry.branch is None)
         assert loaded.down_of == entry.down_of
+        assert loaded.rotated == entry.rotated
         assert (f"{layer}.down" in stored) == (entry.branch is not None and entry.down_of is None)
-        keys = ("codes", "scale", "channel_scale", "zero_point", "down", "up")
+        keys = ("codes", "scale", "channel_scale", "zero_point", "down", "up", "multiplier")
         parts = [stored[f"{layer}.{key}"] for key in keys if f"{layer}.{key}" in stored]
         assert sum(part.numel() * part.element_size() for part in parts) == entry.stored_bytes()
         module = model.get_submodule(layer)
@@ -145,6 +149,14 @@ def edit_layers(metadata: Metadata, change: Callable[[dict[str, dict[str, object
     layers = json.loads(metadata[FORMAT])
     change(layers)
     metadata[FORMAT] = json.dumps(layers)
+
+
+def test_a_file_from_before_rotations_at_run_time_loads(folder: Path) -> None:
+    expected = load_quantized(folder)[1]
+    rewrite(folder, lambda t, m: edit_layers(m, lambda x: [one.pop("rotated") for one in x.values()]))
+    found = load_quantized(folder)[1]
+    assert list(found) == list(expected)
+    assert not any(layer.rotated for layer in found.values())
 
 
 BROKEN: dict[str, Callable[[Path], object]] = {
