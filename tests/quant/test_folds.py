@@ -69,7 +69,7 @@ def test_only_the_twin_can_be_compared_layer_by_layer(
     without = layer_sqnr(small_model, quantized.model, names, [pixels(1, 3)])
     # A value that hardly differs from token to token has little left when its middle is taken away: 20 dB less of it.
     assert all(value is not None and value > 10 for value in with_twin.values())
-    assert min(value for value in without.values() if value is not None) < -10
+    assert min(value for value in without.values() if value is not None) < 0  # more noise than signal
 
 
 def test_round_trip(tmp_path: Path, quantized: Quantized) -> None:
