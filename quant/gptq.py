@@ -32,6 +32,21 @@ BlockRunner = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class Factor:
+    """What GPTQ wants to know of a Hessian, whatever weights are rounded against it.
+
+    Args:
+        order: [K] the inputs by falling diagonal.
+        inverse: [K, K] upper Cholesky factor of the damped Hessian's inverse, in that order.
+        damping: fraction of the mean diagonal that was added.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
 class GptqResult:
     """Quantized weight and the damping that its Hessian needed (fraction of the mean diagonal)."""
 
@@ -54,48 +69,42 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, block_size
     Raises:
         ValueError: the Hessian is zero or not finite.
     """
-    return gptq_together([weight], [hessian], [scales], grid, block_size, damping)[0]
+    factor = factorize(hessian, damping)
+    (quantized,) = gptq_together([weight], [factor], [scales], grid, block_size)
+    return GptqResult(quantized, factor.damping)
+
+
+def factorize(hessian: Tensor, damping: float) -> Factor:
+    """A Hessian in the form that `gptq_together` takes; arguments and errors as for `gptq`."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return Factor(order, *inverse_cholesky(hessian[order][:, order], damping))
 
 
 def gptq_together(
-    weights: Sequence[Tensor],
-    hessians: Sequence[Tensor],
-    scales: Sequence[Scales],
-    grid: Grid,
-    block_size: int,
-    damping: float,
-) -> list[GptqResult]:
+    weights: Sequence[Tensor], factors: Sequence[Factor], scales: Sequence[Scales], grid: Grid, block_size: int
+) -> list[QuantizedWeight]:
     """`gptq` of several layers of one shape, column by column at the same time; the same codes as one by one.
 
     Args:
         weights: B of [N, K] float32.
-        hessians: B of [K, K].
+        factors: B, of [K, K].
         scales: B; as for `gptq`, like the rest.
-
-    Raises:
-        ValueError: a Hessian is zero or not finite.
     """
     inputs = weights[0].shape[1]
-    orders, inverses, used = [], [], []
-    for hessian in hessians:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        inverse, needed = inverse_cholesky(hessian[order][:, order], damping)
-        orders.append(order)
-        inverses.append(inverse)
-        used.append(needed)
     # Transposed throughout, so that a column of the weight is contiguous in memory.
     spread = [of_layer.per_input(inputs) for of_layer in scales]
     step, zero_point = (
-        torch.stack([tensors[which].T[order] for tensors, order in zip(spread, orders, strict=True)]).to(weights[0])
+        torch.stack([tensors[which].T[factor.order] for tensors, factor in zip(spread, factors, strict=True)])
         for which in (0, 1)
     )
-    rest = torch.stack([weight.T[order] for weight, order in zip(weights, orders, strict=True)])
-    codes = _all_columns(rest, torch.stack(inverses), step, zero_point, grid, block_size)
+    rest = torch.stack([weight.T[factor.order] for weight, factor in zip(weights, factors, strict=True)])
+    inverses = torch.stack([factor.inverse for factor in factors])
+    codes = _all_columns(rest, inverses, step.to(rest), zero_point.to(rest), grid, block_size)
     results = []
-    for layer, (order, needed) in enumerate(zip(orders, used, strict=True)):
-        restored = torch.empty_like(weights[layer])
-        restored[:, order] = codes[layer].T
-        results.append(GptqResult(QuantizedWeight(restored.to(grid.dtype), scales[layer], grid), needed))
+    for weight, factor, found, own in zip(weights, factors, codes, scales, strict=True):
+        restored = torch.empty_like(weight)
+        restored[:, factor.order] = found.T
+        results.append(QuantizedWeight(restored.to(grid.dtype), own, grid))
     return results
 
 

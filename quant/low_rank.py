@@ -17,7 +17,7 @@ iterate with the least output error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,14 +124,9 @@ def energies(weight: Tensor) -> Tensor:
 
 
 def compensated(
-    weight: Tensor,
-    rank: int,
-    quantize: Callable[[Tensor], QuantizedWeight],
-    hessian: Tensor,
-    root: InputRoot | None = None,
-    rounds: int = MAX_ROUNDS,
-) -> tuple[LowRank, QuantizedWeight]:
-    """Alternate the branch and the quantizer until the output error stops falling; the best iterate is kept.
+    weight: Tensor, rank: int, hessian: Tensor, root: InputRoot | None = None, rounds: int = MAX_ROUNDS
+) -> Generator[Tensor, QuantizedWeight, tuple[LowRank, QuantizedWeight]]:
+    """Alternate the branch and the quantizer until the output error stops falling; the best iterate is returned.
 
     Both half steps are iterates: a branch with the codes of its own residual, and the next branch, which fits what
     these codes leave, with the codes as they are. With the full root no branch fits that better.
@@ -139,16 +134,18 @@ def compensated(
     Args:
         weight: [N, K] float32.
         rank: 1 ≤ r ≤ min(N, K).
-        quantize: quantizer of the residual.
         hessian: [K, K], Σ x xᵀ of the layer's inputs.
         root: of the second moments, by which what codes leave is fitted; None fits the weights.
         rounds: at most so many quantizations.
+
+    Yields:
+        what the branch leaves of the weight [N, K], to be sent back quantized.
     """
     best: tuple[LowRank, QuantizedWeight] | None = None
     least = torch.inf
     branch = truncated_svd(weight, rank)
     for _ in range(rounds):
-        quantized = quantize(weight - branch.product())
+        quantized = yield weight - branch.product()
         left = weight - quantized.dequantize()
         refitted = truncated_svd(left, rank, root)
         errors = {output_error(left - candidate.product(), hessian): candidate for candidate in (refitted, branch)}

@@ -7,18 +7,21 @@ row of a weight depends on another one when it is rounded, so that its codes are
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from samq.quant.config import LowRankConfig, Recipe
-from samq.quant.gptq import GptqResult, gptq_together
+from samq.quant.config import Recipe
+from samq.quant.gptq import Factor, factorize, gptq_together
 from samq.quant.grids import QuantizedWeight, round_to_grid
 from samq.quant.low_rank import MAX_ROUNDS, LowRank, compensated, input_root, truncated_svd
 from samq.quant.plan import LayerPlan, grid_of
 from samq.quant.scales import choose_scales
+
+Method = Generator[Tensor, QuantizedWeight, tuple[LowRank | None, QuantizedWeight]]
+"""Yields weights [N, K] that are sent back quantized; returns the branch and the codes beside it."""
 
 TOGETHER = 1 << 27  # numbers in the largest matrix of each layer, summed over layers that are rounded together
 
@@ -76,66 +79,63 @@ def together(plans: Iterable[LayerPlan], recipe: Recipe, device: torch.device) -
 
 
 def round_layers(layers: Sequence[ToRound]) -> list[Rounded]:
-    """Round layers of one shape, group size and recipe."""
-    low_rank = layers[0].own.wgts.low_rank
-    if low_rank is None or layers[0].plan.rank == 0:
-        return _rounded(layers, [None] * len(layers))
-    if not low_rank.needs_hessian:
-        return _rounded(layers, [truncated_svd(layer.weight, layer.plan.rank) for layer in layers])
-    return [_compensated(layer, low_rank) for layer in layers]
+    """Round layers of one shape, group size and recipe at once; those that are done go along until the last one is."""
+    factors = [_factor(layer) for layer in layers]
+    methods = [_method(layer) for layer in layers]
+    residuals = [next(method) for method in methods]
+    done: dict[int, Rounded] = {}
+    while len(done) < len(layers):
+        codes = _codes(layers, factors, residuals)
+        for index in range(len(layers)):
+            if index in done:
+                continue
+            try:
+                residuals[index] = methods[index].send(codes[index])
+            except StopIteration as end:
+                branch, weight = end.value
+                factor = factors[index]
+                done[index] = Rounded(weight, branch, None if factor is None else factor.damping)
+    return [done[index] for index in range(len(layers))]
 
 
-def _compensated(layer: ToRound, asked: LowRankConfig) -> Rounded:
-    if layer.hessian is None or not layer.hessian.any():
-        return _rounded([layer], [truncated_svd(layer.weight, layer.plan.rank)])[0]
-    dampings: list[float | None] = []
+def _factor(layer: ToRound) -> Factor | None:
+    """What GPTQ needs of a layer's Hessian; None where it does not round the layer."""
+    asked = layer.own.wgts.kernel_gptq
+    return None if asked is None or layer.hessian is None else factorize(layer.hessian, asked.damp_percentage)
 
-    def quantize(residual: Tensor) -> QuantizedWeight:
-        weight, damping = _round([layer], [residual])[0]
-        dampings.append(damping)
-        return weight
 
+def _method(layer: ToRound) -> Method:
+    """What is to be quantized for a layer, step by step."""
+    asked, rank = layer.own.wgts.low_rank, layer.plan.rank
+    if asked is None or rank == 0:
+        return _beside(None, layer.weight)
+    if not asked.needs_hessian or layer.hessian is None or not layer.hessian.any():
+        return _beside(truncated_svd(layer.weight, rank), layer.weight)
     root = None if asked.weighting == "none" else input_root(layer.hessian, asked.weighting)
-    rounds = MAX_ROUNDS if asked.compensate else 1
-    branch, weight = compensated(layer.weight, layer.plan.rank, quantize, layer.hessian, root, rounds)
-    return Rounded(weight, branch, max((damping for damping in dampings if damping is not None), default=None))
+    return compensated(layer.weight, rank, layer.hessian, root, MAX_ROUNDS if asked.compensate else 1)
 
 
-def _rounded(layers: Sequence[ToRound], branches: Sequence[LowRank | None]) -> list[Rounded]:
-    """Round what branches leave of the weights."""
-    residuals = [
-        layer.weight if branch is None else layer.weight - branch.product()
-        for layer, branch in zip(layers, branches, strict=True)
-    ]
-    return [
-        Rounded(weight, branch, damping)
-        for (weight, damping), branch in zip(_round(layers, residuals), branches, strict=True)
-    ]
+def _beside(branch: LowRank | None, weight: Tensor) -> Method:
+    """What a branch leaves of a weight is quantized once."""
+    return branch, (yield weight if branch is None else weight - branch.product())
 
 
-def _round(layers: Sequence[ToRound], weights: Sequence[Tensor]) -> list[tuple[QuantizedWeight, float | None]]:
-    """Codes of weights [N, K], and the damping of those that GPTQ rounds."""
+def _codes(
+    layers: Sequence[ToRound], factors: Sequence[Factor | None], weights: Sequence[Tensor]
+) -> list[QuantizedWeight]:
+    """Codes of weights [N, K], by GPTQ where there is a factor."""
     wgts, grid = layers[0].own.wgts, grid_of(layers[0].own)
     scales = [
         choose_scales(weight, grid, layer.plan.group_size, layer.importance, wgts.scales.norm)
         for layer, weight in zip(layers, weights, strict=True)
     ]
-    by_gptq: dict[int, GptqResult] = {}
-    hessians = {index: layer.hessian for index, layer in enumerate(layers) if layer.hessian is not None}
-    if wgts.kernel_gptq is not None and hessians:
-        asked = wgts.kernel_gptq
-        results = gptq_together(
-            [weights[index] for index in hessians],
-            list(hessians.values()),
-            [scales[index] for index in hessians],
-            grid,
-            asked.block_size,
-            asked.damp_percentage,
-        )
-        by_gptq = dict(zip(hessians, results, strict=True))
+    by_gptq: dict[int, QuantizedWeight] = {}
+    known = {index: factor for index, factor in enumerate(factors) if factor is not None}
+    if known and wgts.kernel_gptq is not None:
+        own_weights, own_scales = [weights[index] for index in known], [scales[index] for index in known]
+        found = gptq_together(own_weights, list(known.values()), own_scales, grid, wgts.kernel_gptq.block_size)
+        by_gptq = dict(zip(known, found, strict=True))
     return [
-        (by_gptq[index].weight, by_gptq[index].damping)
-        if index in by_gptq
-        else (round_to_grid(weights[index], scales[index], grid), None)
+        by_gptq[index] if index in by_gptq else round_to_grid(weights[index], scales[index], grid)
         for index in range(len(layers))
     ]

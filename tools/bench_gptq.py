@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from samq.quant.config import Recipe, load_recipe
-from samq.quant.gptq import gptq, gptq_together, inverse_cholesky, output_error
+from samq.quant.gptq import factorize, gptq, gptq_together, inverse_cholesky, output_error
 from samq.quant.grids import Grid
 from samq.quant.plan import LayerPlan, make_plan
 from samq.quant.rounding import together
@@ -129,8 +129,9 @@ def _samq(subject: Subject, recipe: Recipe, device: torch.device) -> dict[str, T
     for names in together(subject.plans.values(), recipe, device):
         weights, hessians = ([of[name] for name in names] for of in (subject.weights, subject.hessians))
         scales = [choose_scales(subject.weights[n], GRID, subject.plans[n].group_size, norm=None) for n in names]
-        results = gptq_together(weights, hessians, scales, GRID, BLOCK, DAMPING)
-        rounded |= {name: result.weight.dequantize() for name, result in zip(names, results, strict=True)}
+        factors = [factorize(hessian, DAMPING) for hessian in hessians]
+        codes = gptq_together(weights, factors, scales, GRID, BLOCK)
+        rounded |= {name: of_layer.dequantize() for name, of_layer in zip(names, codes, strict=True)}
     return rounded
 
 

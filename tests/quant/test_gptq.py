@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samq.quant.gptq import gptq, gptq_together, inverse_cholesky, output_error
+from samq.quant.gptq import factorize, gptq, gptq_together, inverse_cholesky, output_error
 from samq.quant.grids import Grid, Scales, round_to_grid
 from samq.quant.scales import choose_scales
 
@@ -90,13 +90,14 @@ def test_layers_together_get_the_codes_that_they_get_alone(
     weights, hessians = zip(*(correlated(rows, inputs, seed) for seed in range(3)), strict=True)
     hessians = (hessians[0], hessians[1] * 100, torch.ones(inputs, inputs))  # the last one needs more damping
     scales = [choose_scales(weight, grid, group_size) for weight in weights]
-    found = gptq_together(weights, hessians, scales, grid, block_size, 1e-8)
-    for result, *of_layer in zip(found, weights, hessians, scales, strict=True):
-        expected = gptq(*of_layer, grid, block_size, 1e-8)
-        assert torch.equal(result.weight.codes, expected.weight.codes)
-        assert result.damping == expected.damping
-        assert result.weight.scales is expected.weight.scales
-    assert found[2].damping > found[0].damping
+    factors = [factorize(hessian, 1e-8) for hessian in hessians]
+    found = gptq_together(weights, factors, scales, grid, block_size)
+    for together, factor, *of_layer in zip(found, factors, weights, hessians, scales, strict=True):
+        alone = gptq(*of_layer, grid, block_size, 1e-8)
+        assert torch.equal(together.codes, alone.weight.codes)
+        assert together.scales is alone.weight.scales
+        assert factor.damping == alone.damping
+    assert factors[2].damping > factors[0].damping
 
 
 @pytest.mark.gpu
@@ -106,14 +107,13 @@ def test_a_cuda_graph_is_as_good_as_the_cpu(block_size: int) -> None:
     grid = GRIDS["sint4 two-level"]
     weights, hessians = zip(*(correlated(64, 96, seed) for seed in range(3)), strict=True)
     scales = [choose_scales(weight.cuda(), grid, 32) for weight in weights]
-    found = gptq_together(
-        [weight.cuda() for weight in weights], [h.cuda() for h in hessians], scales, grid, block_size, DAMPING
-    )
+    factors = [factorize(hessian.cuda(), DAMPING) for hessian in hessians]
+    found = gptq_together([weight.cuda() for weight in weights], factors, scales, grid, block_size)
     for result, weight, hessian in zip(found, weights, hessians, strict=True):
-        expected = gptq(weight, hessian, choose_scales(weight, grid, 32), grid, block_size, DAMPING)
-        errors = [output_error(weight - r.weight.dequantize().cpu(), hessian) for r in (result, expected)]
+        expected = gptq(weight, hessian, choose_scales(weight, grid, 32), grid, block_size, DAMPING).weight
+        errors = [output_error(weight - of.dequantize().cpu(), hessian) for of in (result, expected)]
         assert errors[0] == pytest.approx(errors[1], rel=0.02)
-        assert (result.weight.codes.cpu() != expected.weight.codes).float().mean() < 0.02
+        assert (result.codes.cpu() != expected.codes).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("name", GRIDS)

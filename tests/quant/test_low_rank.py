@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Literal
 
 import numpy as np
@@ -181,6 +181,20 @@ def quantizer(method: str, hessian: Tensor) -> Callable[[Tensor], QuantizedWeigh
     return quantize
 
 
+def driven(
+    alternation: Generator[Tensor, QuantizedWeight, tuple[LowRank, QuantizedWeight]],
+    quantize: Callable[[Tensor], QuantizedWeight],
+) -> tuple[LowRank, QuantizedWeight]:
+    """What an alternation returns that gets its residuals quantized."""
+    residual = next(alternation)
+    while True:
+        try:
+            residual = alternation.send(quantize(residual))
+        except StopIteration as end:
+            branch, quantized = end.value
+            return branch, quantized
+
+
 def alternated(
     weight: Tensor, rank: int, quantize: Callable[[Tensor], QuantizedWeight], hessian: Tensor, root: InputRoot | None
 ) -> list[float]:
@@ -206,7 +220,7 @@ def test_compensation_keeps_the_best_iterate(
         root = None if weighting == "none" else input_root(hessian, weighting)
         quantize = quantizer(method, hessian)
         errors = alternated(weight, rank, quantize, hessian, root)
-        branch, quantized = compensated(weight, rank, quantize, hessian, root)
+        branch, quantized = driven(compensated(weight, rank, hessian, root), quantize)
         reached = output_error(weight - branch.product() - quantized.dequantize(), hessian)
         per_round = [min(errors[i : i + 2]) for i in range(0, len(errors), 2)]
         rounds = next((i for i in range(1, 10) if per_round[i] >= min(per_round[:i])), 10)
@@ -226,7 +240,7 @@ def test_weighting_by_the_inputs_lowers_the_output_error(method: str, rounds: in
         for seed in range(4):
             weight, hessian = weight_with_outliers(32, 48, seed), hessian_of(48, seed)
             root = None if weighting == "none" else input_root(hessian, weighting)
-            branch, quantized = compensated(weight, 4, quantizer(method, hessian), hessian, root, rounds)
+            branch, quantized = driven(compensated(weight, 4, hessian, root, rounds), quantizer(method, hessian))
             error = output_error(weight - branch.product() - quantized.dequantize(), hessian)
             left[weighting] = left.get(weighting, 0) + error / output_error(weight, hessian)
     assert left["full"] < min(left["diagonal"], left["none"])
