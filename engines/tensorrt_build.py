@@ -116,7 +116,10 @@ class _Build:
         if plan is None:
             raise failure(self.onnx_path, self.log)
         if cache is not None:
-            self._keep_timings(config, cache)
+            try:
+                self._keep_timings(config, cache)
+            except MachineLacks as error:  # a plan took minutes, and is worth more than its timings
+                self.log.messages.append((WARNING, f"timings are not kept: {error}"))
         with written_whole(self.plan_path) as temporary:
             temporary.write_bytes(plan)
         info = self._describe(network, plan, strong, time.perf_counter() - started)

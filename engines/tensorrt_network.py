@@ -95,8 +95,9 @@ def ask_for_types(
 ) -> tuple[str, ...]:
     """Ask for float32 arithmetic and outputs in the layers of some ONNX nodes, and for FP16 in the others.
 
-    Constants, casts, Q/DQ and the network's outputs say their type themselves. A version without such requests is
-    strongly typed.
+    Constants, casts, Q/DQ and the network's outputs say their type themselves. Products of what Q/DQ give are asked for
+    FP16 results, and not for how they compute: asked for that too, 8.6 obeys, and runs no INT8 kernel. A version
+    without such requests is strongly typed.
 
     Args:
         float32: names of ONNX nodes.
@@ -108,20 +109,40 @@ def ask_for_types(
     """
     typed = {getattr(api.LayerType, name) for name in ("CONSTANT", "CAST", "QUANTIZE", "DEQUANTIZE")}
     missing = set(float32)
+    products, their_operands = _of_integers(api, network)
     for index in range(network.num_layers):
         layer: trt.ILayer = network.get_layer(index)
         exact = {layer.name, *nodes_in(layer.metadata)} & set(float32)
         missing -= exact
         floats = [i for i in range(layer.num_outputs) if _is_float(api, layer, i)]
-        if layer.type in typed or not floats or not (exact or half):
+        if layer.type in typed or layer.name in their_operands or not floats or not (exact or half):
             continue
         if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
-            layer.precision = wanted = api.DataType.FLOAT if exact else api.DataType.HALF
+            wanted = api.DataType.FLOAT if exact else api.DataType.HALF
+            if layer.name not in products:
+                layer.precision = wanted
             for output in floats:
                 tensor: trt.ITensor = layer.get_output(output)
                 if exact or not tensor.is_network_output:
                     layer.set_output_type(output, wanted)
     return tuple(sorted(missing))
+
+
+def _of_integers(api: Any, network: trt.INetworkDefinition) -> tuple[set[str], set[str]]:
+    """Names of the matrix products whose operands both are dequantized, and of layers that move such operands."""
+    dequantized, products, moves = set[str](), set[str](), set[str]()
+    for index in range(network.num_layers):
+        layer: trt.ILayer = network.get_layer(index)
+        operands: list[trt.ITensor] = [layer.get_input(i) for i in range(layer.num_inputs)]
+        all_are = bool(operands) and all(operand.name in dequantized for operand in operands)
+        if layer.type == api.LayerType.MATRIX_MULTIPLY and all_are:
+            products.add(layer.name)
+        if layer.type == api.LayerType.SHUFFLE and all_are:
+            moves.add(layer.name)
+        if layer.type == api.LayerType.DEQUANTIZE or layer.name in moves:
+            result: trt.ITensor = layer.get_output(0)
+            dequantized.add(result.name)
+    return products, moves
 
 
 def _is_float(api: Any, layer: trt.ILayer, index: int) -> bool:

@@ -152,9 +152,10 @@ class Simulation:
         wanted = getattr(self.DataType, dtype)
         return self.make("ITensor", name=name, shape=shape, dtype=wanted, get_dimension_name=lambda i: sides[i])
 
-    def _layer(self, content: dict[str, Any], name: str, kind: str, node: str, dtype: str) -> Any:
+    def _layer(self, content: dict[str, Any], name: str, kind: str, node: str, dtype: str, *reads: str) -> Any:
         output = self.make(
             "ITensor",
+            name=f"{name}_out",
             dtype=getattr(self.DataType, dtype),
             is_network_output=name == "y",
             shape=content.get("shape", []),
@@ -165,6 +166,8 @@ class Simulation:
             name=name,
             type=getattr(self.LayerType, kind),
             metadata=f"[ONNX Layer: {node}]",
+            num_inputs=len(reads),
+            get_input=lambda index: self.make("ITensor", name=reads[index]),
             num_outputs=1,
             get_output=lambda index: output,
             **{member: value for member, value in requests.items() if member in self.members["ILayer"]},

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
 
-from samq.engines import cuda, tensorrt_log
+from samq.engines import cuda, tensorrt_build, tensorrt_log
 from samq.engines.base import Executed
 from samq.engines.cuda import Device
 from samq.engines.tensorrt_build import build_engine, timing_cache_name, wanted_flags
@@ -110,6 +111,24 @@ def test_float32_where_it_is_asked_for(trt: Simulation, onnx: Path, tmp_path: Pa
         assert (trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS,) in trt.values("IBuilderConfig.set_flag")
 
 
+def test_products_of_integers_choose_their_arithmetic(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    """Weights may be moved on their way; a product with one float operand is none of them."""
+    layers = [
+        ["q", "QUANTIZE", "q", "INT8", "x"],
+        ["dq", "DEQUANTIZE", "dq", "FLOAT", "q_out"],
+        ["w", "DEQUANTIZE", "w", "FLOAT", "codes"],
+        ["broadcast", "SHUFFLE", "broadcast", "FLOAT", "w_out"],
+        ["a.qkv/MatMul", "MATRIX_MULTIPLY", "a.qkv/MatMul", "FLOAT", "dq_out", "broadcast_out"],
+        ["scores", "MATRIX_MULTIPLY", "scores", "FLOAT", "dq_out", "a.qkv/MatMul_out"],
+        ["moved", "SHUFFLE", "moved", "FLOAT", "scores_out"],
+    ]
+    onnx.write_text(json.dumps(GRAPH | {"layers": layers}), encoding="utf-8")
+    build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    weak, half = trt.version == "8.6.0", trt.DataType.HALF
+    assert trt.values("ILayer.precision") == ([half] * 2 if weak else [])
+    assert trt.values("ILayer.set_output_type") == ([(0, half)] * 3 if weak else [])
+
+
 def test_a_static_graph_has_no_profile(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     onnx.write_text(json.dumps(STATIC), encoding="utf-8")
     info = build_engine(onnx, tmp_path / "part.plan")
@@ -153,6 +172,24 @@ def test_timings_that_cannot_be_kept_are_told(trt: Simulation, onnx: Path, tmp_p
     with pytest.raises(MachineLacks, match="timing_cache"):
         build_engine(onnx, tmp_path / "part.plan", options)
     assert not trt.values("Builder.build_serialized_network"), "before the minutes that a build takes"
+
+
+def test_timings_that_cannot_be_kept_any_more_cost_no_plan(
+    trt: Simulation, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up during the build."""
+    written_whole = tensorrt_build.written_whole
+
+    def full(path: Path) -> Any:
+        if path.suffix == ".cache":
+            raise MachineLacks(f"{path}: the disk is full")
+        return written_whole(path)
+
+    monkeypatch.setattr(tensorrt_build, "written_whole", full)
+    plan = tmp_path / "part.plan"
+    info = build_engine(onnx, plan, BuildOptions(ranges=RANGES, timing_cache=str(tmp_path / "timings")))
+    assert load_info(plan) == info
+    assert [warning for warning in info.warnings if "timings are not kept" in warning and "disk is full" in warning]
 
 
 def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
