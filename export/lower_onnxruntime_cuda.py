@@ -17,6 +17,7 @@ several passes over INT32 to become FP16.
 | INT8 inputs                        | FP16 inputs, for rounding them would buy no speed                         |
 | linear layers in front of a Split  | one layer a part (`separate_parts`), which saves the copy                 |
 | biases                             | parts of other operators where there are any (`sink_biases`)              |
+| paddings of windows                | paddings of planes, for which there is a fast kernel (`pad_planes`)       |
 | what is computed from constants    | computed here: ONNX Runtime folds by CPU kernels, and lacks some in FP16  |
 
 The engine reports what INT8 inputs became as "FP16". Weights are what the simulation has, rounded once to FP16 where
@@ -49,6 +50,7 @@ from samq.export.graph import Writer, add_initializer, constant_of, remove_unuse
 from samq.export.half import to_fp16
 from samq.export.lower_onnxruntime import BLOCK_SIZES, packed_codes
 from samq.export.merge_moves import merge_moves
+from samq.export.pad_planes import pad_planes
 from samq.export.sink_biases import sink_biases
 from samq.export.unpack_at_load import unpack_at_load
 
@@ -78,6 +80,7 @@ def lower_for_onnxruntime_cuda(
     weights: Weights = "dequantized at load",
     separate: bool = True,
     pairs: bool = True,
+    planes: bool = True,
 ) -> Lowered:
     """Lower a canonical or a float model in place.
 
@@ -86,6 +89,7 @@ def lower_for_onnxruntime_cuda(
             MatMulNBits; or write them dequantized, in FP16.
         separate: see `separate_parts`.
         pairs: see `pair_maxima`.
+        planes: see `pad_planes`.
 
     Raises:
         BadInput: a constant is too large for FP16.
@@ -99,6 +103,8 @@ def lower_for_onnxruntime_cuda(
     rewrites.append(sink_biases(model))
     if pairs:
         rewrites.append(pair_maxima(model))
+    if planes:
+        rewrites.append(pad_planes(model))
     rewrites.append(merge_moves(model))
     to_fp16(model)
     if weights == "dequantized at load":

@@ -54,6 +54,7 @@ class Placement(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     gpu: Annotated[str, Field(description="where it was measured: the driver's name of the GPU, or a part of it")] = ""
+    like: Annotated[tuple[str, ...], Field(description="others of the same processor, which get it too")] = ()
     tensorrt: Annotated[str, Field(description="version that it was measured with")] = ""
     layers: Annotated[
         dict[str, Form],
@@ -164,6 +165,7 @@ def shipped_for(gpu: str, tensorrt: str) -> Placement:
     """
     for path in sorted(SHIPPED.glob("*.yaml")):
         placement = load_placement(path)
-        if placement.gpu in gpu and placement.tensorrt.partition(".")[0] == tensorrt.partition(".")[0]:
+        is_its = any(name in gpu for name in (placement.gpu, *placement.like))
+        if is_its and placement.tensorrt.partition(".")[0] == tensorrt.partition(".")[0]:
             return placement
     return EVERYWHERE

@@ -205,6 +205,7 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
     block = "vision_encoder.backbone.blocks.3.mlp.proj_in"
     measured = {
         ("8.6.0", "NVIDIA H100 80GB HBM3"): "fp16",
+        ("8.6.0", "NVIDIA H200"): "fp16",
         ("8.6.0", "Orin"): "int8",
         ("10.3.0", "NVIDIA H100"): "int8",
     }
