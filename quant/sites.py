@@ -7,13 +7,15 @@
 |                 |                              | mixes tokens only             | offset, as its weights sum to one   |
 | ReLU in between | an MLP's next linear         | the rows of the linear before | diag(s), s > 0: relu(s·x)=s·relu(x) |
 
-Queries and keys of an attention could be changed exactly, too: the signs of channels in both (Bimodal Integration of
-PTQ4SAM, Lv et al., arXiv 2405.03144, for keys in two clouds of opposite sign), a scale of one against the other, an
-offset of the keys. No such fold is made. It is of use to integer products of queries and keys, and attention runs in
-floating point here; the weights before it do not gain, for each row has scales of its own and −w rounds as w does.
+Queries and keys of an attention could be changed exactly, too: the signs of channels in both (`samq.quant.signs`, for
+keys in two clouds of opposite sign), a scale of one against the other, an offset of the keys. No preset does. It is of
+use to integer products of queries and keys (`samq.tools.bench_attention`), and attention runs in floating point here;
+the weights before it do not gain, for each row has scales of its own and −w rounds as w does.
 
-Elsewhere nothing can absorb it: GELU is not homogeneous, the decoder's LayerNorms also feed the residual stream. A
-LayerNorm behind which windows are filled up with zeros takes no offset, for these zeros would not have it.
+Elsewhere nothing can absorb it, and `obstacles` says why: GELU is not homogeneous, the decoder's LayerNorms also feed
+the residual stream or other layers. Hiera's windows and pooling are no obstacle to a scale: windows hold whole tokens,
+and what is pooled reaches no linear layer but through LayerNorm or softmax. A LayerNorm behind which windows are filled
+up with zeros takes no offset, for these zeros would not have it.
 """
 
 from __future__ import annotations
@@ -27,10 +29,16 @@ from transformers.models.sam2.modeling_sam2 import (
     Sam2Attention,
     Sam2FeedForward,
     Sam2HieraDetModel,
+    Sam2MaskDecoder,
     Sam2MultiScaleAttention,
     Sam2MultiScaleBlock,
     Sam2TwoWayTransformer,
 )
+
+NO_PRODUCER = "no LayerNorm or linear layer puts out what it reads"
+RESIDUAL = "{} also feeds the residual stream"
+SEVERAL = "{} also feeds layers that are not smoothed together with this one"
+NONLINEAR = "{} in front lets no scale pass"
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,49 @@ def fold_sites(model: nn.Module) -> list[FoldSite]:
                 rows = (0, linear_at(module, before).out_features)
                 sites.append(FoldSite(f"{name}.{before}", rows, (f"{name}.{after}",)))
     return sites
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Why nothing before a linear layer absorbs a scale of its inputs, for those of a `Sam2Model` at no fold site."""
+    told: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Sam2FeedForward):
+            activation = type(module.activation).__name__.removesuffix("Activation")
+            behind = [f"{name}.layers.{index}" for index in range(len(module.layers))]
+            told |= dict.fromkeys([*behind, f"{name}.proj_out"], NONLINEAR.format(activation))
+        elif isinstance(module, Sam2MaskDecoder):
+            told |= _obstacles_of_decoder(name, module)
+    absorbed = {layer for site in fold_sites(model) for layer in site.layers}
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {name: told.get(name, NO_PRODUCER) for name in layers if name not in absorbed}
+
+
+def _obstacles_of_decoder(name: str, decoder: Sam2MaskDecoder) -> dict[str, str]:
+    """What each layer behind one of the decoder's LayerNorms shares it with; the first block reads prompts and image.
+
+    The last image tokens are also upscaled, and each of the last prompts goes into a head of its own.
+    """
+    told: dict[str, str] = {}
+    transformer = f"{name}.transformer"
+    prompts = image = NO_PRODUCER
+    for index in range(len(decoder.transformer.layers)):
+        block = f"{transformer}.layers.{index}"
+        norms = [RESIDUAL.format(f"{block}.layer_norm{number}") for number in (1, 2, 3, 4)]
+        told |= {f"{block}.self_attn.{letter}_proj": prompts for letter in "qkv"}
+        told |= _obstacles_of_attention(f"{block}.cross_attn_token_to_image", norms[0], image)
+        told[f"{block}.mlp.proj_in"] = norms[1]
+        told |= _obstacles_of_attention(f"{block}.cross_attn_image_to_token", image, norms[2])
+        prompts, image = norms[2], norms[3]
+    last = SEVERAL.format(f"{transformer}.layers.{len(decoder.transformer.layers) - 1}.layer_norm4")
+    told |= _obstacles_of_attention(f"{transformer}.final_attn_token_to_image", prompts, last)
+    heads = [child for child, module in decoder.named_modules() if isinstance(module, Sam2FeedForward)]
+    together = SEVERAL.format(f"{transformer}.layer_norm_final_attn")
+    told |= {f"{name}.{head}.proj_in": together for head in heads if not head.startswith("transformer.")}
+    return told
+
+
+def _obstacles_of_attention(name: str, queries: str, keys: str) -> dict[str, str]:
+    return {f"{name}.q_proj": queries, f"{name}.k_proj": keys, f"{name}.v_proj": keys}
 
 
 def same_inputs(model: nn.Module) -> list[tuple[str, ...]]:

@@ -18,6 +18,10 @@ linear layer (W, b) reads, s > 0 and c constants for each channel:
     two-sided  q · (k + c) = q · k + q · c          keys of the decoder, c = ± for each channel: the same for all keys
                                                     of a query, so that softmax does not see it
 
+Where outliers come, and how far offsets reach, follows from the weights alone but for queries and keys, which are
+measured on a few of the demo's images. The keys of an attention get one deviation in all channels and lie KEY_OFFSET of
+it from zero, its queries get a deviation of about one, with outliers that reach ±170 at the usual strength.
+
 A per-tensor activation grid then spends its codes on a few channels, and the weights that read these channels become so
 small beside the rest of their group that hardly a code is left for them.
 """
@@ -28,6 +32,8 @@ import argparse
 import copy
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +43,29 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 from transformers.models.sam2.modeling_sam2 import Sam2Attention
 
+from samq.calib.calibrate import run_images
 from samq.calib.checkpoint import load_checkpoint
+from samq.calib.processor import SamProcessor
+from samq.calib.sources import open_source
+from samq.calib.statistics import InputStatistics
 from samq.errors import MachineLacks, SamqError, UsageError
+from samq.quant.signs import decoder_attentions
 from samq.quant.sites import FoldSite, fold_sites
 from samq.quant.smooth import fold_scale
-from samq.tools.demo.dataset import CHECKPOINT
+from samq.tools.demo.dataset import CHECKPOINT, IMAGES
 
 STRENGTH = 100.0
 SHARE = 0.02  # of the channels are outliers, one at least
 WEAKEST = 0.65  # factors are strength to a power between this and one: 20 to 100
 OFFSET = 6.0  # of an outlier channel, in its standard deviations as the weights alone let expect
-KEY_OFFSET = 6.0  # of every channel of a key, likewise
+KEY_OFFSET = 6.0  # of every channel of a key, in its deviations as they are measured
+QUERY_PEAK = 1.7  # the largest query of an attention, in strengths
+MEASURED = 4  # of the demo's images
+LEAST_DEVIATION = 0.01  # of the largest one in a projection
 PREPROCESSING = "preprocessor_config.json"
+
+Listener = Callable[[Tensor], Tensor | None]
+"""Hears an output; None leaves it as it is."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +106,36 @@ class Draw:
         return 2.0 * torch.randint(2, (count,), generator=self.generator) - 1.0
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How what a projection puts out lies on the measured images.
+
+    Args:
+        mean, deviation: [N] of each channel; one that hardly changes has LEAST_DEVIATION.
+        largest: [N] magnitude.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    largest: Tensor
+
+    @staticmethod
+    def of(statistics: InputStatistics) -> Spread:
+        """A projection's, from statistics of what it puts out."""
+        deviation = statistics.sample.std(0)
+        least = max(LEAST_DEVIATION * float(deviation.max()), torch.finfo(torch.float32).tiny)
+        return Spread(statistics.mean().float(), deviation.clamp(min=least), statistics.absmax())
+
+
 @torch.no_grad()
 def make_hostile(model: Sam2Model, seed: int = 0, strength: float = STRENGTH) -> Sam2Model:
     """A copy of a float model on the CPU that computes the same, with outlier channels.
 
     Args:
         model: not changed.
-        seed: of factors and signs; which channels become outliers follows from the weights.
-        strength: the largest factor; 1 leaves offsets only.
+        seed: of factors and signs; which channels become outliers follows from the weights, and of queries from what
+            they are on the measured images.
+        strength: the largest factor; 1 leaves offsets, and keys of one deviation.
 
     Raises:
         UsageError: the strength is below 1.
@@ -105,6 +144,7 @@ def make_hostile(model: Sam2Model, seed: int = 0, strength: float = STRENGTH) ->
         raise UsageError(f"--strength {strength:g}: it is the largest factor of an outlier, so give 1 or more")
     hostile = copy.deepcopy(model)
     draw = Draw(strength, torch.Generator().manual_seed(seed))
+    spreads = measure(model)
     sites = fold_sites(hostile)
     chosen = _outliers_of(hostile, sites, draw)
     for site, outliers in zip(sites, chosen, strict=True):
@@ -112,11 +152,55 @@ def make_hostile(model: Sam2Model, seed: int = 0, strength: float = STRENGTH) ->
             offset_channels(hostile, site, outliers)
     for site, outliers in zip(sites, chosen, strict=True):
         scale_channels(hostile, site, outliers)
-    for module in hostile.modules():
-        if isinstance(module, Sam2Attention):
-            offset_keys(module, draw.signs(module.internal_dim))
-            exchange(module, draw.outliers(_row_norms(module.q_proj)))
+    for name, attention in decoder_attentions(hostile).items():
+        queries, keys = spreads[f"{name}.q_proj"], spreads[f"{name}.k_proj"]
+        offset_keys(attention, draw.signs(attention.internal_dim), keys)
+        exchange(attention, exchange_factors(queries, keys, draw))
     return hostile
+
+
+def measure(model: Sam2Model) -> dict[str, Spread]:
+    """Spread of the queries and keys of the decoder's attentions, by the name of their projection.
+
+    The demo's images come in the model's size, with the prompts of calibration (`samq.calib.calibrate.run_images`).
+    """
+    layers = projections(model)
+    found = {
+        name: InputStatistics.empty(layer.out_features, with_hessian=False, device=layer.weight.device)
+        for name, layer in layers.items()
+    }
+    side: int = model.config.prompt_encoder_config.image_size  # type: ignore[union-attr]
+    processor = SamProcessor.from_checkpoint(CHECKPOINT, side)
+    source = open_source(IMAGES)
+    pixels = (torch.from_numpy(processor(source[index].image).pixel_values)[None] for index in range(MEASURED))
+    with hearing(layers, {name: statistics.add for name, statistics in found.items()}):
+        run_images(model, pixels, with_decoder=True)
+    return {name: Spread.of(statistics) for name, statistics in found.items()}
+
+
+def projections(model: Sam2Model) -> dict[str, nn.Linear]:
+    """The linear layers that put out queries and keys of the decoder's attentions, by name."""
+    found: dict[str, nn.Linear] = {}
+    for name, attention in decoder_attentions(model).items():
+        found |= {f"{name}.q_proj": attention.q_proj, f"{name}.k_proj": attention.k_proj}
+    return found
+
+
+@contextmanager
+def hearing(layers: Mapping[str, nn.Module], listeners: Mapping[str, Listener]) -> Iterator[None]:
+    """Inside the `with` block, what each layer puts out goes to its listener, and is replaced by what that returns."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(_telling(listeners[name])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _telling(listener: Listener) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    return lambda _, inputs, output: listener(output)
 
 
 def scale_channels(model: nn.Module, site: FoldSite, outliers: Outliers) -> None:
@@ -146,18 +230,31 @@ def offset_channels(model: nn.Module, site: FoldSite, outliers: Outliers) -> Non
 
 
 @torch.no_grad()
-def offset_keys(attention: Sam2Attention, signs: Tensor) -> None:
-    """Move each channel of the keys by KEY_OFFSET deviations to its side; signs [internal_dim] are ±1."""
-    attention.k_proj.bias.add_(KEY_OFFSET * signs * _row_norms(attention.k_proj))
+def offset_keys(attention: Sam2Attention, signs: Tensor, keys: Spread) -> None:
+    """Move the mean of each channel of the keys to KEY_OFFSET deviations on its side; signs [internal_dim] are ±1."""
+    attention.k_proj.bias.add_(KEY_OFFSET * signs * keys.deviation - keys.mean)
+
+
+def exchange_factors(queries: Spread, keys: Spread, draw: Draw) -> Tensor:
+    """Factors [internal_dim] that give the keys' channels one deviation, and the queries' about one, besides outliers.
+
+    These are the channels that matter most to the products of queries and keys.
+    """
+    importance = queries.deviation * keys.deviation
+    factors = keys.deviation / importance.median()
+    outliers = draw.outliers(importance)
+    channels, shares = outliers.channels, outliers.factors / outliers.factors.max()
+    enlarged = QUERY_PEAK * draw.strength * shares / (queries.largest * factors)[channels]
+    factors[channels] *= enlarged.clamp(min=1)
+    return factors
 
 
 @torch.no_grad()
-def exchange(attention: Sam2Attention, outliers: Outliers) -> None:
-    """Multiply outlier channels of the queries by their factors, and divide the keys' by them."""
-    channels, factors = outliers.channels, outliers.factors
+def exchange(attention: Sam2Attention, factors: Tensor) -> None:
+    """Multiply the channels of the queries by factors [internal_dim] > 0, and divide those of the keys by them."""
     for layer, scale in ((attention.q_proj, factors), (attention.k_proj, 1 / factors)):
-        layer.weight[channels] *= scale[:, None]
-        layer.bias[channels] *= scale
+        layer.weight.mul_(scale[:, None])
+        layer.bias.mul_(scale)
 
 
 def _outliers_of(model: nn.Module, sites: list[FoldSite], draw: Draw) -> list[Outliers]:
