@@ -33,7 +33,7 @@ from samq.quant.rotate import rotate_inputs, rotate_values
 from samq.quant.rounding import Rounded, ToRound, round_layers, together
 from samq.quant.scales import choose_scales
 from samq.quant.shift import fold_offset, middle
-from samq.quant.sites import FoldSite, fold_sites, linear_at
+from samq.quant.sites import FoldSite, fold_sites, linear_at, obstacles
 from samq.quant.smooth import fold_scale, magnitudes, multiply_inputs, smoothing_factors
 from samq.quant.smooth_search import best_alpha
 from samq.quant.streams import residual_streams, rotate_stream
@@ -43,6 +43,8 @@ HESSIAN = "hessian"  # Σ x xᵀ
 IMAGES = "images"  # the calibration images themselves
 HISTOGRAM = "histogram"  # of all values that a layer reads, as its inputs are by then
 
+EXACT_TOLERANCE = 1e-3  # relative, of both parts' outputs; FP32 rounding through the largest Hiera stays below
+ROTATION_TOLERANCE = 1e-4  # Hiera-large stays below 2e-6, and outliers of 100 spread their rounding to 3e-5
 SMALLEST = torch.finfo(torch.float64).tiny
 WITHOUT_INPUTS = 0.5  # alpha of layers that calibration did not reach, so that there is nothing to search on
 
@@ -131,10 +133,12 @@ class Pass(ABC):
     Attributes:
         needs: statistics that must have been gathered, of RANGE, HESSIAN and HISTOGRAM, or IMAGES.
         exact: the float model's output is the same afterwards, up to rounding.
+        tolerance: of an exact pass, how much of that output may change, ‖y' − y‖ / ‖y‖.
     """
 
     needs: frozenset[str] = frozenset()
     exact: ClassVar[bool]
+    tolerance: ClassVar[float] = EXACT_TOLERANCE
 
     @abstractmethod
     def apply(self, work: Work) -> list[str]:
@@ -182,7 +186,7 @@ class Smooth(Pass):
         self.alpha, self.multiply = alpha, multiply
 
     def apply(self, work: Work) -> list[str]:
-        """Smooth every site with a quantized layer; says so for layers that have none.
+        """Smooth every site with a quantized layer; says why not for layers that have none.
 
         Attention values come first. Theirs changes the rows of qkv, and only then do the columns of qkv tell by how
         much a channel before it matters: one row with an outlier would have the largest weight of every column.
@@ -197,10 +201,11 @@ class Smooth(Pass):
                 work.statistics[layer].rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
             touched.extend(readers)
+        reasons = obstacles(work.model)
         for plan in stacked(plan for name, plan in work.plans.items() if name not in touched):
             if not self.multiply:
                 for layer in plan.members:
-                    work.note(layer).remark("inputs not smoothed: nothing before this layer can absorb a scale")
+                    work.note(layer).remark(f"inputs not smoothed: {reasons[layer]}")
                 continue
             alpha, factors = self._factors_of(list(plan.members), work)
             for layer in plan.members:
@@ -234,6 +239,7 @@ class RotateStreams(Pass):
     """Spread outliers of the residual streams that can be rotated exactly (`samq.quant.streams`)."""
 
     exact = True
+    tolerance = ROTATION_TOLERANCE
 
     def apply(self, work: Work) -> list[str]:
         """Rotate every stream with a quantized layer on it; says so for those that have to keep their basis."""
@@ -254,6 +260,7 @@ class RotateValues(Pass):
     """Spread outliers of attention values over their head (`samq.quant.rotate`)."""
 
     exact = True
+    tolerance = ROTATION_TOLERANCE
 
     def apply(self, work: Work) -> list[str]:
         """Rotate every attention whose output projection is quantized."""
@@ -272,6 +279,7 @@ class RotateInputs(Pass):
     """Spread outliers of all other inputs at run time, by a product with R in front of the layer."""
 
     exact = True
+    tolerance = ROTATION_TOLERANCE
 
     def apply(self, work: Work) -> list[str]:
         """Rotate the inputs of every quantized layer for which no rotation was folded."""

@@ -140,7 +140,7 @@ def rotate_stream(model: Sam2Model, stream: Stream) -> Tensor:
 def _fold_gain(model: nn.Module, site: FoldSite, rotation: Tensor) -> None:
     """Take gain and bias of a LayerNorm into the layers behind it, whose inputs are now rotated."""
     norm = site.source_in(model)
-    gain, bias = norm.weight.double(), norm.bias.double()
+    gain, bias = (tensor.double().clone() for tensor in (norm.weight, norm.bias))  # copies, of float64 too
     for layer in site.layers_in(model):
         weight = layer.weight.double()
         if site.takes_offset:

@@ -13,15 +13,20 @@ from transformers import Sam2Model
 
 from samq.quant.config import AUTO, Recipe
 from samq.quant.plan import RANK_IS_OPEN, LayerPlan, describe_request, make_plan
+from samq.quant.sites import obstacles
 from samq.quant.streams import residual_streams
 
-PIPED_WIDTH = 240  # characters; a file or pager does not wrap, so no cell should
+PIPED_WIDTH = 400  # characters; a file or pager does not wrap, so no cell should
 
 
 def plan_as_json(model: Sam2Model, recipe: Recipe, parts: Collection[str]) -> dict[str, Any]:
     """The plan as JSON values."""
     plans = make_plan(model, recipe, parts)
-    rows = [asdict(plan) | {"becomes": _becomes(plan, recipe)} for plan in plans]
+    unsmoothed = _unsmoothed(model, recipe)
+    rows = [
+        asdict(plan) | {"becomes": _becomes(plan, recipe), "not_smoothed_because": unsmoothed.get(plan.name)}
+        for plan in plans
+    ]
     return {"layers": rows, "total": _totals(plans), "residual_streams": _streams(model, recipe)}
 
 
@@ -37,9 +42,11 @@ def print_plan(model: Sam2Model, recipe: Recipe, parts: Collection[str]) -> None
         ("", "left"),
     ):
         table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    unsmoothed = _unsmoothed(model, recipe)
     for plan in plans:
         size = f"{plan.fp16_bytes:,} → {plan.planned_bytes:,}" if plan.skip is None else f"{plan.fp16_bytes:,}"
-        remark = plan.skip or "; ".join(filter(None, (plan.grouping, plan.ranking)))
+        smoothing = f"inputs not smoothed: {unsmoothed[plan.name]}" if plan.name in unsmoothed else None
+        remark = plan.skip or "; ".join(filter(None, (plan.grouping, plan.ranking, smoothing)))
         shape = f"{plan.in_features} → {plan.out_features}"
         table.add_row(plan.name, shape, _becomes(plan, recipe), size, remark)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPED_WIDTH)
@@ -52,6 +59,11 @@ def print_plan(model: Sam2Model, recipe: Recipe, parts: Collection[str]) -> None
     for stream in _streams(model, recipe):
         done = f"not rotated: {stream['kept_because']}" if stream["kept_because"] else "rotated"
         console.print(f"residual stream of stage {stream['stage']} (width {stream['width']}) {done}")
+
+
+def _unsmoothed(model: Sam2Model, recipe: Recipe) -> dict[str, str]:
+    """Why nothing absorbs the scales of some layers' inputs, where inputs are smoothed by what absorbs them alone."""
+    return obstacles(model) if recipe.smooth.enabled and not recipe.smooth.multiply else {}
 
 
 def _streams(model: Sam2Model, recipe: Recipe) -> list[dict[str, Any]]:

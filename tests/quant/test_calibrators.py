@@ -15,7 +15,7 @@ from torch import Tensor
 from samq.calib.histogram import Histogram
 from samq.quant.calibrators import RATIOS, entropy_range, mse_range, percentile_range, whole_range
 from samq.quant.config import InputsConfig
-from samq.quant.inputs import InputGrid, calibrated_range, grid_of_range, step_of
+from samq.quant.inputs import calibrated_range, grid_of_range, step_of
 
 Array = NDArray[np.float64]
 
@@ -36,12 +36,13 @@ every = pytest.mark.parametrize("name", VALUES)
 both = pytest.mark.parametrize("dtype", ["sint8", "uint8"])
 
 
-def error_of(grid: InputGrid, x: Tensor) -> float:
-    """Mean squared error by the definition."""
-    assert grid.scale is not None
-    values, limits = x.double().numpy(), {"sint8": (-128, 127), "uint8": (0, 255)}[grid.dtype]
-    codes = np.clip(np.rint(values / grid.scale) + grid.zero_point, *limits)
-    return float((((codes - grid.zero_point) * grid.scale - values) ** 2).mean())
+def error_of(dtype: str, low: float, high: float, x: Tensor) -> float:
+    """E (x − Q(x))² by the definition, with a grid from `low` to `high` whose scale is an FP16 number."""
+    values, limits = x.double().numpy(), {"sint8": (-128, 127), "uint8": (0, 255)}[dtype]
+    scale = float(np.float16(max(-low, high) / 127 if dtype == "sint8" else (high - low) / 255))
+    zero_point = 0 if dtype == "sint8" else int(np.clip(np.rint(-low / scale), *limits))
+    codes = np.clip(np.rint(values / scale) + zero_point, *limits)
+    return float((((codes - zero_point) * scale - values) ** 2).mean())
 
 
 @every
@@ -86,52 +87,83 @@ def test_percentile_leaves_no_more_out_than_asked_for(values: list[float], perce
 @both
 def test_mse_is_the_least_of_all_ratios(name: str, dtype: str) -> None:
     x = VALUES[name]()
-    histogram = Histogram.of(x)
-    low, high = whole_range(histogram)
-    farthest, errors = max(-low, high), []
-    for ratio in RATIOS:
-        t = ratio * farthest
-        errors.append(error_of(grid_of_range(dtype, max(low, -t), min(high, t)), x))
-    grid = grid_of_range(dtype, *mse_range(histogram, lambda candidate: step_of(grid_of_range(dtype, *candidate))))
-    assert error_of(grid, x) <= 1.01 * min(errors)  # a histogram tells its values to a bin
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    reaches = [ratio * max(-low, high) for ratio in RATIOS]
+    errors = [error_of(dtype, max(low, -reach), min(high, reach), x) for reach in reaches]
+    found = mse_range(Histogram.of(x), lambda candidate: step_of(grid_of_range(dtype, *candidate)))
+    assert error_of(dtype, *found, x) <= 1.01 * min(errors)  # a histogram tells its values to a bin
     assert min(errors) <= errors[0]
 
 
-def reference_divergence(magnitudes: list[float], levels: int) -> Callable[[int], float]:
-    """i → D(P ‖ Q) as on Migacz's slides, with counts of |x| whose first bin is like its neighbour."""
-    counts = [magnitudes[1], *magnitudes[1:]]
-
-    def of_size(i: int) -> float:
-        p, q = list(counts[:i]), [0.0] * i
-        p[-1] += sum(counts[i:])
-        for level in range(levels):
-            bins = [k for k in range(i) if k * levels // i == level]
-            filled = [k for k in bins if counts[k] > 0]
-            for k in filled:
-                q[k] = sum(counts[b] for b in bins) / len(filled)
-        total_p, total_q = sum(p), sum(q)
-        if any(a > 0 and b == 0 for a, b in zip(p, q, strict=True)):
-            return float("inf")
-        return sum(a / total_p * np.log(a / total_p / (b / total_q)) for a, b in zip(p, q, strict=True) if a > 0)
-
-    return of_size
+def reference_divergence(inside: list[float], below: float, above: float, levels: int) -> float:
+    """D(P ‖ Q) as on Migacz's slides: P has outliers in its end bins, Q is what codes tell of what is inside."""
+    p, q = list(inside), [0.0] * len(inside)
+    p[0] += below
+    p[-1] += above
+    for level in range(levels):
+        bins = [k for k in range(len(inside)) if k * levels // len(inside) == level]
+        filled = [k for k in bins if inside[k] > 0]
+        for k in filled:
+            q[k] = sum(inside[b] for b in bins) / len(filled)
+    if any(a > 0 and b == 0 for a, b in zip(p, q, strict=True)):
+        return float("inf")
+    total_p, total_q = sum(p), sum(q)
+    return sum(a / total_p * np.log(a / total_p / (b / total_q)) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-@pytest.mark.parametrize("name", ["heavy", "relu"])
-def test_entropy_is_that_of_the_slides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 bins on each side of zero and 16 codes, for a reference in plain Python."""
     monkeypatch.setattr("samq.calib.histogram.BINS", 128)
     monkeypatch.setattr("samq.quant.calibrators.BINS", 128)
     monkeypatch.setattr("samq.quant.calibrators.MAGNITUDE_LEVELS", 16)
-    x = VALUES[name]()
+    monkeypatch.setattr("samq.quant.calibrators.ALL_LEVELS", 16)
+
+
+def in_few_bins(x: Tensor) -> Histogram:
     histogram = Histogram(counts=torch.zeros(256, dtype=torch.int64))
     histogram.add(x)
-    magnitudes = np.histogram(np.abs(x.double().numpy()), np.arange(129) * histogram.width)[0].astype(float).tolist()
-    last = max(k for k, count in enumerate(magnitudes) if count) + 1
-    divergence = reference_divergence(magnitudes, levels=16)
-    best = min(range(last, 15, -1), key=divergence)
+    return histogram
+
+
+@pytest.mark.usefixtures("few_bins")
+@pytest.mark.parametrize("name", ["heavy", "relu"])
+def test_entropy_is_that_of_the_slides(name: str) -> None:
+    """Around zero: of |x|, whose first bin counts as its neighbour."""
+    x = VALUES[name]()
+    histogram = in_few_bins(x)
+    counts = np.histogram(np.abs(x.double().numpy()), np.arange(129) * histogram.width)[0].astype(float).tolist()
+    last = max(k for k, count in enumerate(counts) if count) + 1
+    counts[0] = counts[1]
+    best = min(range(last, 15, -1), key=lambda i: reference_divergence(counts[:i], 0, sum(counts[i:]), 16))
     assert best < last, "nothing is clipped, so nothing is tested"
     low, high = entropy_range(histogram, symmetric=True)
     assert max(-low, high) == pytest.approx((best + 0.5) * histogram.width)
+
+
+@pytest.mark.usefixtures("few_bins")
+@pytest.mark.parametrize("name", ["normal", "heavy", "relu", "gelu", "outlier"])
+def test_entropy_with_a_zero_point_is_that_of_the_slides(name: str) -> None:
+    """Of x, as far as its smallest and largest value, with the bin that begins at zero counted as the next one."""
+    x = VALUES[name]()
+    histogram = in_few_bins(x)
+    counts = np.histogram(x.double().numpy(), np.arange(-128, 129) * histogram.width)[0].astype(float).tolist()
+    filled = [k for k, count in enumerate(counts) if count] + [128]
+    counts[128] = counts[129]
+
+    def divergence(size: int) -> float:
+        start, stop = max(min(filled), 128 - size), min(max(filled) + 1, 128 + size)
+        if stop - start < 16:
+            return float("inf")
+        return reference_divergence(counts[start:stop], sum(counts[:start]), sum(counts[stop:]), 16)
+
+    widest = max(128 - min(filled), max(filled) + 1 - 128)
+    best = min(range(widest, 0, -1), key=divergence)
+    assert best < widest, "nothing is clipped, so nothing is tested"
+    low, high = entropy_range(histogram, symmetric=False)
+    reach = (best + 0.5) * histogram.width
+    assert low == pytest.approx(max(min(float(x.min()), 0.0), -reach))
+    assert high == pytest.approx(min(float(x.max()), reach))
 
 
 @both

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samq.quant.grids import Grid, Scales, grouped, groups_of, pack_int4, round_to_grid, spread, unpack_int4
@@ -107,14 +108,54 @@ def test_every_weight_inside_the_range_is_within_half_a_step(name: str, drawn: t
     assert ((quantized.dequantize().double() - nearest).abs() <= 0.5001 * step).all()
 
 
+def rounded_to_nearest(weight: Tensor, scales: Scales, grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """clamp(round(w / step) + zero_point), equation 4 of arXiv 2106.08295, in float64; and where w is no tie.
+
+    A quotient in float32 is off by half a unit in the last place; nearer to a tie than twice that, it may be one.
+    """
+    step, zero_point = (t.double().numpy() for t in scales.per_input(weight.shape[1]))
+    quotient = weight.double().numpy() / step
+    from_tie = np.abs(quotient - np.floor(quotient) - 0.5)
+    codes = np.clip(np.rint(quotient) + zero_point, grid.qmin, grid.qmax)
+    return codes, from_tie > 2.0**-23 * np.abs(quotient)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize(("rows", "inputs", "group_size"), [(3, 64, 16), (5, 40, 16), (2, 33, 33), (1, 1, 1)])
-def test_round_to_nearest_equals_numpy(name: str, rows: int, inputs: int, group_size: int) -> None:
+def test_round_to_nearest_equals_float64(name: str, rows: int, inputs: int, group_size: int) -> None:
     grid = GRIDS[name]
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
     scales = choose_scales(weight, grid, group_size)
-    step, zero_point = (t.numpy() for t in scales.per_input(inputs))
-    expected = np.clip(np.rint(weight.numpy() / step) + zero_point, grid.qmin, grid.qmax)
+    expected, no_tie = rounded_to_nearest(weight, scales, grid)
+    assert no_tie.all()
+    np.testing.assert_array_equal(round_to_grid(weight, scales, grid).codes.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@given(weights())
+@settings(deadline=None, derandomize=True)
+def test_round_to_nearest_equals_float64_away_from_ties(name: str, drawn: tuple[Tensor, int]) -> None:
+    (weight, group_size), grid = drawn, GRIDS[name]
+    scales = choose_scales(weight, grid, group_size)
+    expected, no_tie = rounded_to_nearest(weight, scales, grid)
+    codes = round_to_grid(weight, scales, grid).codes.numpy()
+    np.testing.assert_array_equal(codes[no_tie], expected[no_tie])
+    assert (np.abs(codes - expected) <= 1).all()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_round_to_nearest_equals_float64_in_ties(name: str) -> None:
+    """With a step that is a power of two every quotient is exact, also in float32: half to even in both."""
+    grid = GRIDS[name]
+    scales = Scales(
+        torch.full((1, 1), 4.0),
+        None if grid.signed else torch.full((1, 1), 3.0),
+        torch.full((1, 1), 2.0**-7) if grid.two_level else None,
+        600,
+    )
+    weight = (torch.arange(-300, 300)[None] + 0.5) * scales.step()
+    expected, no_tie = rounded_to_nearest(weight, scales, grid)
+    assert not no_tie.any()
     np.testing.assert_array_equal(round_to_grid(weight, scales, grid).codes.numpy(), expected)
 
 

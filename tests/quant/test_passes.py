@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_model import outputs, pixels, recipe_of, relative
@@ -34,7 +35,7 @@ from samq.quant.plan import grid_of, make_plan
 from samq.quant.quantize import quantize
 from samq.quant.rotate import runtime_rotation
 from samq.quant.scales import choose_scales
-from samq.quant.sites import fold_sites, linear_at
+from samq.quant.sites import fold_sites, linear_at, obstacles
 from samq.quant.smooth_search import best_alpha
 
 LAYER = "vision_encoder.backbone.blocks.0.attn.qkv"  # [96, 32]
@@ -189,6 +190,20 @@ def test_bias_correction_keeps_the_mean_output(
     assert off[1] < 1e-5 * float(exact.norm())
     assert off[1] < 0.01 * off[0]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("low_rank", [None, {"rank": 4, "max_overhead": None}])
+def test_bias_correction_is_the_equation(small_model: Sam2Model, low_rank: dict[str, object] | None) -> None:
+    """b + (W − Ŵ) E[x] in float64 (Nagel et al., arXiv 1906.04721, section 4.2)."""
+    rows, layer = 3 + inputs(200), linear_at(small_model, LAYER)
+    wgts = {"low_rank": low_rank, "bias_correction": True}
+    codes = quantized(small_model, recipe_of("int4_w4only", wgts=wgts), statistics_of(rows)).codes[LAYER]
+    weight, bias, x = (tensor.detach().double().numpy() for tensor in (layer.weight, layer.bias, rows))
+    rounded = codes.weight.dequantize().double().numpy()
+    if codes.branch is not None:
+        rounded = rounded + codes.branch.up.double().numpy() @ codes.branch.down.double().numpy()
+    assert codes.bias is not None
+    np.testing.assert_allclose(codes.bias.numpy(), bias + (weight - rounded) @ x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_corrected_without_inputs_or_a_bias(small_model: Sam2Model) -> None:
@@ -487,7 +502,7 @@ def test_second_moments_are_rotated(small_model: Sam2Model) -> None:
     assert errors[1] == pytest.approx(errors[0], rel=1e-4)
 
 
-def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:
+def test_smoothing_says_which_layers_it_left_and_why(small_model: Sam2Model) -> None:
     work = work_on_all_layers(small_model)
     plans, statistics = work.plans, work.statistics
     before = {name: entry.absmax().clone() for name, entry in statistics.items()}
@@ -497,9 +512,10 @@ def test_smoothing_says_which_layers_it_left(small_model: Sam2Model) -> None:
     assert work.notes.keys() == plans.keys()
     for name in plans:
         (remark,) = work.notes[name].remarks
-        assert remark.startswith(
-            "inputs smoothed (alpha 0.5), folded into" if name in touched else "inputs not smoothed"
-        )
+        if name in touched:
+            assert remark.startswith("inputs smoothed (alpha 0.5), folded into")
+        else:
+            assert remark == f"inputs not smoothed: {obstacles(small_model)[name]}"
     # y = (x / s)(s W)ᵀ: what the weights gained, the statistics of the inputs lost
     layer = "vision_encoder.backbone.blocks.0.mlp.proj_in"
     old, new = (model.get_submodule(layer).weight.detach() for model in (small_model, work.model))

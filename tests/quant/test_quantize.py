@@ -11,19 +11,32 @@ from typing import Any
 import pytest
 import torch
 from small_model import outputs, pixels, recipe_of, relative
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam2Model
 
 import samq.quant.quantize as runner
+from samq.calib.checkpoint import load_checkpoint
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, ImageEncoder
+from samq.calib.sources import open_source
 from samq.calib.statistics import InputStatistics
 from samq.errors import BadInput, UsageError
 from samq.quant.config import Recipe, load_recipe, preset_names
 from samq.quant.inputs import input_grid
 from samq.quant.layers import QuantizedLinear
-from samq.quant.passes import Pass, Quantize, RotateValues, Smooth, Work, passes_for
+from samq.quant.passes import (
+    Pass,
+    Quantize,
+    RotateInputs,
+    RotateStreams,
+    RotateValues,
+    Smooth,
+    Work,
+    passes_for,
+)
+from samq.quant.plan import make_plan
 from samq.quant.quantize import quantize
 from samq.quant.sites import linear_at
+from samq.tools.demo.dataset import CHECKPOINT, IMAGES
 from samq.tools.demo.hostile import make_hostile
 
 LOOSE = {  # relative error of the image embedding that a format may cost on random weights
@@ -242,6 +255,61 @@ def test_a_pass_that_lies_is_caught(
     with pytest.raises(RuntimeError, match=f"Lying declares itself exact, but changed the {part}"):
         run_with(monkeypatch, small_model, Lying(layer, factor))
     run_with(monkeypatch, small_model, Lying(layer, 1.0), Quantize(recipe_of("int4_w4only_rtn")))
+
+
+DRIFTING = "vision_encoder.backbone.blocks.1.mlp.proj_in"
+
+
+def drifting(model: Sam2Model, step: Pass, change: float) -> Pass:
+    """A pass that also scales one weight, which changes the embedding of the probe by so much."""
+    scaled = copy.deepcopy(model)
+    Lying(DRIFTING, 1.01).apply(Work(scaled, recipe_of(), {}, {}))
+    before, after = (runner._probe(each)[0] for each in (model, scaled))
+    drift, apply = Lying(DRIFTING, 1 + 0.01 * change / relative(after - before, before)), step.apply
+    step.apply = lambda work: apply(work) + drift.apply(work)  # type: ignore[method-assign]
+    return step
+
+
+def test_a_rotation_is_held_to_less_than_other_exact_passes(
+    small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are let through with 3e-5 of the embedding, rotations alone are refused with 3e-4."""
+    for step in (Smooth(0.5), RotateValues(), RotateStreams(), RotateInputs()):
+        run_with(monkeypatch, small_model, drifting(small_model, step, 3e-5), recipe=recipe_of())
+    run_with(monkeypatch, small_model, drifting(small_model, Smooth(0.5), 3e-4), recipe=recipe_of())
+    for step in (RotateValues(), RotateStreams(), RotateInputs()):
+        told = rf"{type(step).__name__} declares itself exact, but changed the encoder's output by (2\.9|3\.0).e-04"
+        with pytest.raises(RuntimeError, match=told):
+            run_with(monkeypatch, small_model, drifting(small_model, step, 3e-4), recipe=recipe_of())
+
+
+@pytest.mark.parametrize("step", [RotateValues(), RotateStreams()], ids=["values", "residual"])
+def test_a_rotation_leaves_the_embedding_of_the_demo_model(step: Pass) -> None:
+    """‖E' − E‖ / ‖E‖ < 1e-4 on one of its images."""
+    checkpoint = load_checkpoint(str(CHECKPOINT))
+    pixel_values = torch.from_numpy(checkpoint.processor(open_source(IMAGES)[0].image).pixel_values)[None]
+    plans = {plan.name: plan for plan in make_plan(checkpoint.model, recipe_of())}
+    work = Work(copy.deepcopy(checkpoint.model), recipe_of(), plans, {})
+    assert step.tolerance == 1e-4
+    touched = step.apply(work)
+    for name in touched:
+        assert not torch.equal(linear_at(work.model, name).weight, linear_at(checkpoint.model, name).weight)
+    with torch.no_grad():
+        after, before = (ImageEncoder(model)(pixel_values)[0] for model in (work.model, checkpoint.model))
+    assert relative(after - before, before) < step.tolerance
+
+
+def test_convolutions_are_probed_without_tf32(small_model: Sam2Model) -> None:
+    """Its rounding changes with the basis, by more than a rotation may."""
+    seen, model = [], copy.deepcopy(small_model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    runner._probe(model)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_exact_passes_are_let_through(small_model: Sam2Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,9 @@ def test_a_fold_is_equation_1(seed: int) -> None:
     assert torch.equal(model["norm"].bias, -z)
     assert torch.equal(model["linear"].weight.double(), weight)
     torch.testing.assert_close(model["linear"].bias.double(), bias + weight @ z.double(), rtol=1e-6, atol=1e-6)
+    x = rows_of(8, seed + 1).double().numpy()
+    shifted = (x - z.double().numpy()) @ weight.numpy().T + model["linear"].bias.detach().double().numpy()
+    np.testing.assert_allclose(shifted, x @ weight.numpy().T + bias.numpy(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("far", [0.1, 10.0])

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import outputs, relative
+from tiny_modules import Tiny, decoder_attention, hiera_attention, layer_norm, normal, randomized, relu_mlp
 from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
 from samq.quant.sites import fold_sites
-from samq.quant.smooth import SMALLEST, fold_scale, magnitudes, smoothing_factors
+from samq.quant.smooth import SMALLEST, fold_scale, magnitudes, multiply_inputs, smoothing_factors
 
 
 def ranges(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -126,3 +128,46 @@ def test_a_channel_that_no_image_used_is_taken_to_be_like_the_others() -> None:
     factors = smoothing_factors(inputs, weights, 0.5)
     assert factors.tolist() == pytest.approx([1, 3**0.5, 3**0.5, 8**0.5, 3**0.5])
     assert smoothing_factors(torch.zeros(5), weights, 0.5).unique().numel() == 1
+
+
+KINDS: dict[str, Callable[[int, int], Tiny]] = {
+    "LayerNorm": layer_norm,
+    "values of the encoder": lambda width, seed: hiera_attention(width, 1 + seed % 3, seed),
+    "values of the decoder": lambda width, seed: decoder_attention(width, 1 + seed % 3, seed),
+    "ReLU": relu_mlp,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(2, 24), st.integers(0, 999))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_fold_at_each_kind_of_site_is_exact(kind: str, width: int, seed: int) -> None:
+    """In float64, with factors from 0.01 to 100; and had the source not taken them, the output would tell."""
+    for source in (True, False):
+        tiny = KINDS[kind](width, seed)
+        before = tiny.run()
+        for index, site in enumerate(tiny.sites):
+            factors = ranges(site.rows[1] - site.rows[0], 10 * seed + index)[0].double()
+            fold_scale(tiny.model, site, factors)
+            if not source:
+                undo = 1 / factors
+                with torch.no_grad():
+                    module, rows = site.source_in(tiny.model), slice(*site.rows)
+                    module.bias[rows] /= undo
+                    module.weight[rows] /= undo if isinstance(module, nn.LayerNorm) else undo[:, None]
+        change = relative(tiny.run() - before, before)
+        assert change < 1e-13 if source else change > 1e-3
+
+
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 999))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_a_product_in_front_of_a_layer_is_exact(width: int, rows: int, seed: int) -> None:
+    """In float64: x Wᵀ + b = (x / s)(W diag(s))ᵀ + b, by the layer itself and by the equation."""
+    layer, x = randomized(nn.Linear(width, rows), seed), normal(5, width, seed=seed)
+    weight, before, factors = layer.weight.detach().clone(), layer(x), ranges(width, seed)[0].double()
+    multiplier = multiply_inputs(layer, factors)
+    assert torch.equal(multiplier, 1 / factors)
+    assert torch.equal(layer.weight, weight * factors)
+    assert relative(layer(x) - before, before) < 1e-13
+    by_equation = (x * multiplier) @ layer.weight.T + layer.bias
+    assert relative(by_equation - before, before) < 1e-13

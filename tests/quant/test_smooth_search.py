@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,12 @@ from samq.quant.smooth_search import ALPHAS, best_alpha, rounding_error
 W8A8 = recipe_of("int8_w8a8", ipts={"mode": "dynamic"})
 W8A16 = recipe_of("int8_w8a8", ipts=None)
 WIDTH = 32
+PLAIN: dict[str, Any] = {"scales": {"method": "max", "weighted": False}, "kernel_gptq": None}
+FORMS = {
+    "W8A8": recipe_of("int8_w8a8", ipts={"mode": "dynamic"}, wgts=PLAIN),
+    "W8A16": recipe_of("int8_w8a8", ipts=None, wgts=PLAIN),
+    "W4A16": recipe_of("int4_w4only", wgts=PLAIN | {"dtype": "sint4", "group_shapes": [[1, -1]]}),
+}
 
 
 def layer_and_inputs(seed: int, outlier: float = 1.0) -> tuple[nn.Linear, InputStatistics]:
@@ -32,27 +40,49 @@ def layer_and_inputs(seed: int, outlier: float = 1.0) -> tuple[nn.Linear, InputS
     return layer, entry
 
 
-def rounded(values: NDArray[np.float64], axis: int | None) -> NDArray[np.float64]:
-    """Symmetric 8-bit rounding with the largest magnitude along an axis, or of all, on the last code."""
-    step = np.abs(values).max(axis=axis, keepdims=True) / 127
-    return np.clip(np.rint(values / step), -128, 127) * step
+def rounded(values: NDArray[np.float64], axis: int | None, highest: int = 127) -> NDArray[np.float64]:
+    """Symmetric rounding with the largest magnitude along an axis, or of all, on the highest code."""
+    step = np.abs(values).max(axis=axis, keepdims=True) / highest
+    step = step if axis is None else np.float16(step).astype(np.float64)  # scales of weights are FP16 numbers
+    return np.clip(np.rint(values / step), -highest - 1, highest) * step
 
 
-def plain_error(weight: Tensor, x: Tensor, factors: Tensor, quantized_inputs: bool) -> float:
-    w, rows, s = (tensor.detach().double().numpy() for tensor in (weight, x, factors))
-    inputs = rounded(rows / s, None) if quantized_inputs else rows / s
-    exact = rows @ w.T
-    return float(((inputs @ rounded(w * s, 1).T - exact) ** 2).sum() / (exact**2).sum())
+def plain_errors(weight: Tensor, x: Tensor, highest: int, quantized_inputs: bool) -> dict[float, float]:
+    """α → ‖Q(x/s) Q(W s)ᵀ − x Wᵀ‖² / ‖x Wᵀ‖² (AWQ, eq. 4), s of SmoothQuant's eq. 4; of averages for float inputs."""
+    w, rows = (tensor.detach().double().numpy() for tensor in (weight, x))
+    if quantized_inputs:
+        inputs, columns = np.abs(rows).max(0), np.abs(w).max(0)
+    else:
+        inputs, columns = np.abs(rows).mean(0), np.sqrt((w**2).mean(0))
+    exact, errors = rows @ w.T, {}
+    for alpha in ALPHAS:
+        s = inputs**alpha / columns ** (1 - alpha)
+        read = rounded(rows / s, None) if quantized_inputs else rows / s
+        errors[alpha] = float(((read @ rounded(w * s, 1, highest).T - exact) ** 2).sum() / (exact**2).sum())
+    return errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_equals_the_papers(form: str, seed: int) -> None:
+    """Every candidate's error, and the best of them all."""
+    (layer, entry), recipe = layer_and_inputs(seed, outlier=5), FORMS[form]
+    errors = plain_errors(layer.weight, entry.sample, 2 ** (recipe.wgts.bits - 1) - 1, not recipe.weight_only)
+    compared = magnitudes([layer], [entry], recipe.weight_only)
+    for alpha, expected in errors.items():
+        found = rounding_error(layer.weight, WIDTH, entry, smoothing_factors(*compared, alpha), recipe)
+        assert found == pytest.approx(expected, rel=1e-3), alpha  # a value next to a tie may round the other way
+    assert errors[best_alpha([layer], [WIDTH], [entry], [recipe])] <= 1.001 * min(errors.values())
 
 
 @pytest.mark.parametrize("recipe", [W8A8, W8A16], ids=["w8a8", "w8a16"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-def test_the_error_is_the_equation(recipe: Recipe, alpha: float) -> None:
+def test_clipping_lowers_the_error(recipe: Recipe, alpha: float) -> None:
     layer, entry = layer_and_inputs(0)
     factors = smoothing_factors(*magnitudes([layer], [entry], recipe.weight_only), alpha)
     found = rounding_error(layer.weight, WIDTH, entry, factors, recipe)
-    plain = plain_error(layer.weight, entry.sample, factors, not recipe.weight_only)
-    assert 0.8 * plain < found <= 1.1 * plain  # scales are FP16 numbers, and searched by clipping
+    plain = plain_errors(layer.weight, entry.sample, 127, not recipe.weight_only)[alpha]
+    assert 0.8 * plain < found <= 1.001 * plain
 
 
 @pytest.mark.parametrize("recipe", [W8A8, W8A16, recipe_of("int4_w4a8"), recipe_of("int4_w4only")])

@@ -6,8 +6,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from small_model import outputs, pixels, relative, small_config, small_sam2
 from torch import Tensor, nn
 from transformers import Sam2Config, Sam2Model
@@ -20,16 +24,17 @@ from samq.quant.rotate import mean_keeping_rotation
 from samq.quant.sites import linear_at
 from samq.quant.streams import POOLED, residual_streams, rotate_stream
 
+Array = NDArray[np.float64]
 BLOCKS = "vision_encoder.backbone.blocks"
 ROTATED = Recipe.model_validate(
     {"wgts": {"dtype": "sint8", "group_shapes": [[1, -1]]}, "rotation": {"enabled": True, "residual": True}}
 )
 
 
-def random_model(config: Sam2Config) -> Sam2Model:
+def random_model(config: Sam2Config, seed: int = 1) -> Sam2Model:
     """Every parameter away from zeros and ones, gains of both signs among them."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = Sam2Model(config).eval()
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "pos_embed" in name:
@@ -83,7 +88,7 @@ def test_the_first_stream_is_exact(small_model: Sam2Model) -> None:
 @torch.no_grad()
 def laterals(model: Sam2Model) -> list[Tensor]:
     """What the neck's convolutions make of the stages; its sums want stages that halve."""
-    stages = model.vision_encoder.backbone(pixels(1)).intermediate_hidden_states
+    stages = model.vision_encoder.backbone(pixels(1).to(model.dtype)).intermediate_hidden_states
     convolutions = reversed(model.vision_encoder.neck.convs)
     return [conv(stage.permute(0, 3, 1, 2)) for conv, stage in zip(convolutions, stages, strict=True)]
 
@@ -98,6 +103,20 @@ def test_a_stage_without_pooling_is_exact(windows: list[int]) -> None:
         rotate_stream(model, stream)
     for a, b in zip(laterals(model), before, strict=True):
         assert relative(a - b, b) < 1e-4
+
+
+@given(st.integers(0, 999), st.sampled_from([4, 8, 20]), st.lists(st.booleans(), min_size=4, max_size=4))
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_any_streams_of_a_model_are_exact(seed: int, wider: int, chosen: list[bool]) -> None:
+    """In float64, of stages that widen by so many channels and do not pool."""
+    widths = [32 + wider * stage for stage in range(4)]
+    model = random_model(without_pooling([8, 4, 8, 4], widths), seed).double()
+    before = laterals(model)
+    for stream, rotated in zip(residual_streams(model), chosen, strict=True):
+        if rotated or not any(chosen):
+            rotate_stream(model, stream)
+    for a, b in zip(laterals(model), before, strict=True):
+        assert relative(a - b, b) < 1e-12
 
 
 def test_the_stream_is_rotated_and_its_norms_have_no_gain() -> None:
@@ -117,6 +136,40 @@ def test_the_stream_is_rotated_and_its_norms_have_no_gain() -> None:
         assert isinstance(norm, nn.LayerNorm)
         assert bool((norm.weight == 1).all())
         assert not norm.bias.any()
+
+
+def test_weights_are_rotated_as_in_the_paper() -> None:
+    """QuaRot, section 4, stage 1a: W ← R W and b ← R b where a layer writes, W ← W diag(g) Rᵀ where it reads.
+
+    What LayerNorm adds goes into the readers: b ← b + W β.
+    """
+    model = random_model(small_config())
+    rotated, (stream, *_) = copy.deepcopy(model), residual_streams(model)
+    rotation = rotate_stream(rotated, stream).numpy()
+
+    def both(name: str) -> list[list[Array]]:
+        """Weight and bias of a module, before and after."""
+        modules = (each.get_submodule(name) for each in (model, rotated))
+        return [[p.detach().double().numpy() for p in (module.weight, module.bias)] for module in modules]
+
+    for writer in (*stream.writers, "vision_encoder.backbone.patch_embed.projection"):
+        (weight, bias), found = both(writer)
+        near(found[0], np.tensordot(rotation, weight, 1))
+        near(found[1], rotation @ bias)
+    for site in stream.sites_in(model):
+        (gain, beta), _ = both(site.source)
+        for reader in site.layers:
+            (weight, bias), found = both(reader)
+            near(found[0], weight @ np.diag(gain) @ rotation.T)
+            near(found[1], bias + weight @ beta)
+    (weight, bias), found = both(f"vision_encoder.neck.convs.{len(model.vision_encoder.neck.convs) - 1}")
+    near(found[0][..., 0, 0], weight[..., 0, 0] @ rotation.T)
+    near(found[1], bias)
+
+
+def near(found: Array, expected: Array) -> None:
+    """Equal up to FP32's rounding of what is stored."""
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_gain_near_zero_before_filled_up_windows_is_an_obstacle() -> None:

@@ -38,5 +38,23 @@ def test_without_rotation_nothing_is_said_of_streams(
     small_model: Sam2Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_plan(small_model, recipe_of(), PARTS)
-    assert "residual" not in capsys.readouterr().out
+    assert "residual stream of stage" not in capsys.readouterr().out
     assert plan_as_json(small_model, recipe_of(), PARTS)["residual_streams"] == []
+
+
+def test_what_nothing_smooths_is_told_with_its_reason(
+    small_model: Sam2Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(**smooth: bool) -> dict[str, str]:
+        recipe = recipe_of(smooth={"enabled": True, **smooth})
+        rows = plan_as_json(small_model, recipe, PARTS)["layers"]
+        print_plan(small_model, recipe, PARTS)
+        return {row["name"]: row["not_smoothed_because"] for row in rows if row["not_smoothed_because"]}
+
+    reasons = told()
+    layer = "vision_encoder.backbone.blocks.0.mlp.proj_out"
+    assert "GELU" in reasons[layer]
+    assert f"{layer[:-9]}.proj_in" not in reasons
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(layer))
+    assert line.rstrip().endswith(f"inputs not smoothed: {reasons[layer]}")
+    assert told(multiply=True) == told(enabled=False) == {}
