@@ -32,6 +32,7 @@ OFF = {"enabled": False}
 PLAIN: Changes = {"shift": OFF, "smooth": OFF}
 ROUNDED: Changes = {"wgts": {"kernel_gptq": None}}
 GPTQ: Changes = {"wgts": {"kernel_gptq": {}}}
+BUDGET: dict[str, Any] = {"rank": "auto", "max_overhead": 0.027}  # of int4_svdquant's branches
 
 
 def with_changes(preset: str, changes: Changes) -> Recipe:
@@ -103,6 +104,26 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
         "`int4_w4a8` with a scale for each token",
         "int4_w4a8",
         {"ipts": {"granularity": "per_token", "mode": "dynamic"}},
+    ),
+    ("w4a8-asymmetric", "`int4_w4a8` with zero-points for inputs", "int4_w4a8", {"ipts": {"dtype": "uint8"}}),
+    ("w4a8-sequential", "`int4_w4a8`, sequential", "int4_w4a8", {"calib": {"mode": "sequential"}}),
+    (
+        "w4a8-rotation-alone",
+        "rotation alone, of values and residual streams, and GPTQ",
+        "int4_w4a8",
+        {**PLAIN, "rotation": {"enabled": True, "residual": True}},
+    ),
+    (
+        "svdquant-compensate",
+        "`int4_svdquant` with `compensate`",
+        "int4_svdquant",
+        {"wgts": {"low_rank": BUDGET | {"weighting": "full", "compensate": True}}},
+    ),
+    (
+        "svdquant-plain",
+        "`int4_svdquant` with plain SVD",
+        "int4_svdquant",
+        {"wgts": {"low_rank": BUDGET | {"weighting": "none"}}},
     ),
     ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
     ("w4only-gptq", "GPTQ alone", "int4_w4only", PLAIN),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,8 +135,6 @@ class Bench:
             figures["simulated_error"] = self._simulated_error(cell.row.preset, pixels, expected)
         if cell.row.preset is not None and not self.subject.is_demo:
             figures["note"] = "; ".join(filter(None, (self.subject.note(cell.row.preset), figures.get("note"))))
-        if built.encoder is not None and built.decoders:
-            figures["masks"] = self._masks(cell, built.encoder, built.decoders)
         return figures
 
     def _measured(self, cell: Cell, built: Built, pixels: Pixels) -> runtimes.Measured:
@@ -158,11 +156,17 @@ class Bench:
             self._images[batch] = pixels, runtimes.exact_embeddings(self.subject.on_device, pixels)
         return self._images[batch]
 
-    def _masks(self, cell: Cell, encoder: Path, decoders: Mapping[int, Path]) -> dict[str, Any]:
+    def masks(self, cell: Cell, built: Built) -> dict[str, Any]:
+        """The masks of a cell that has some, beside their simulation; the GPU may have other work too.
+
+        Raises:
+            SamqError: as the engines do.
+        """
+        assert built.encoder is not None
         preset = cell.row.preset
         model = self.subject.on_device if preset is None else self.subject.quantized(preset).model
         scenes = self.subject.scenes(self.scenes)
-        with runtimes.tensorrt_predictor(encoder, decoders) as engines:
+        with runtimes.tensorrt_predictor(built.encoder, built.decoders) as engines:
             found = compare_masks(torch_predictor(model), engines, scenes, self.subject.processor)
         return found | {"float": self._float_miou}
 

@@ -65,6 +65,11 @@ class Record:
         figures = self._content["cells"].get(cell.key)
         return figures is None or figures["code"] != code_digest(cell) or bool(figures.get("lacks"))
 
+    def lacks_masks(self, cell: Cell) -> bool:
+        """It was measured, but not its masks."""
+        figures = self._content["cells"].get(cell.key, {})
+        return cell.with_masks and "ms" in figures and "masks" not in figures
+
     def put(self, cell: Cell, figures: Mapping[str, Any]) -> None:
         """Keep the figures of a cell, and write the file.
 
@@ -76,6 +81,15 @@ class Record:
             runs.append(self._run)
         kept = {"run": runs.index(self._run), "code": code_digest(cell), **figures}
         self._content["cells"][cell.key] = kept
+        write_json(self.path, self._content)
+
+    def put_masks(self, cell: Cell, masks: Mapping[str, Any]) -> None:
+        """Keep the masks of a cell that was measured, and write the file.
+
+        Raises:
+            MachineLacks: it cannot be written.
+        """
+        self._content["cells"][cell.key]["masks"] = dict(masks)
         write_json(self.path, self._content)
 
     def known(self) -> dict[Cell, dict[str, Any]]:

@@ -99,7 +99,7 @@ def _say_built(bench: Bench, cell: Cell, graph: Graph) -> None:
 
 
 def measure(cells: Sequence[Cell], settings: Settings) -> None:
-    """Measure what is due on the GPU at hand, and keep each figure at once.
+    """Measure what is due on the GPU at hand, then compare masks, and keep each figure at once.
 
     Raises:
         MachineLacks: PyTorch sees no GPU, or the record cannot be written.
@@ -122,6 +122,12 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
         for cell, figures in _figures(bench_of, ready) if ready else ():
             record.put(cell, figures)
             print(progress_line(cell, figures), flush=True)
+    for cell in filter(record.lacks_masks, cells):  # after all times, for it takes minutes
+        bench = bench_of(cell.model)
+        try:
+            record.put_masks(cell, bench.masks(cell, bench.build(cell, bench.lower(cell))))
+        except Exception as error:  # it belongs to this cell
+            print(f"{cell.key}, masks: {reason(error)}", flush=True)
 
 
 def _need_gpu() -> None:

@@ -36,10 +36,10 @@ class HeldOutScenes:
         return {"image": scene.image, "masks": scene.masks}
 
 
-def write_calibration_images(folder: Path) -> None:
-    """Draw the calibration images as JPEG files."""
+def write_calibration_images(folder: Path, count: int = CALIBRATION_IMAGES) -> None:
+    """Draw the calibration images, or others like them, as JPEG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(CALIBRATION_IMAGES):
+    for index in range(count):
         image = Image.fromarray(draw_scene(HELD_OUT_SCENES + index).image)
         image.save(folder / f"scene_{index:02d}.jpg", quality=JPEG_QUALITY)
 
