@@ -75,6 +75,12 @@ def _parse_placement(context: click.Context, parameter: click.Parameter, value: 
     return value if value in (None, "none") else str(Path(str(value)).expanduser().resolve())
 
 
+def _parse_timing_cache(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None or value == "none":
+        return value
+    return str(click.Path(file_okay=False, resolve_path=True).convert(value, parameter, context))
+
+
 def _parse_numbers(*counts: int) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """A callback for one value, or several of a repeated option, of so many numbers with commas between them."""
 
@@ -111,8 +117,10 @@ _builder = _options(
     click.option("--workspace-mib", type=click.IntRange(1), help="Limit of TensorRT's scratch memory."),
     click.option(
         "--timing-cache",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of TensorRT's kernel timings, which are kept and used again.",
+        metavar="FOLDER|none",
+        callback=_parse_timing_cache,
+        help="Where TensorRT's kernel timings are kept and used again.  [default: samq/tensorrt-timings in the user's "
+        "cache directory, where that can be written]",
     ),
 )
 _engine = _options(
@@ -404,16 +412,20 @@ def place(**options: Any) -> None:
     from samq.tools.place import place as measure
     from samq.tools.place import table
     from samq.tools.progress import Reporter
+    from samq.tools.targets import TIMING_CACHE, with_timings
 
     out = OutputDir.open(options["output_dir"])
     path = options["out"] or out.path / PLACEMENT
+    reporter = Reporter(options["quiet"], _command())
+    chosen = _build_options({**options, "engine": "tensorrt"})
+    timings = chosen.pop(TIMING_CACHE, None)
     placement = measure(
         out,
         path,
-        Reporter(options["quiet"], _command()),
+        reporter,
         forms=options["forms"],
         without=[name.strip() for name in options["without"].split(",") if name.strip()],
-        options=BuildOptions.from_json(_build_options({**options, "engine": "tensorrt"})),
+        options=with_timings(BuildOptions.from_json(chosen), timings, reporter),
         budget=options["budget"] / 100,
         eval_data=None if options["eval_data"] is None else absolute(options["eval_data"]),
     )
@@ -638,10 +650,9 @@ def _build_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     from samq.engines.tensorrt_plan import USUAL_RANGES
 
-    names = ("optimization_level", "workspace_mib", "version_compatible", "hardware_compatible", "refittable")
-    chosen = {name: options[name] for name in names if options.get(name)}
-    if options.get("timing_cache"):
-        chosen["timing_cache"] = str(options["timing_cache"].resolve())
+    flags = ("version_compatible", "hardware_compatible", "refittable")
+    names = ("optimization_level", "workspace_mib", *flags, "timing_cache")
+    chosen = {name: options[name] for name in names if options.get(name) is not None and options[name] is not False}
     if any(options.get(f"max_{side}") for side in LARGEST):
         sizes = {side: (usual, options.get(f"max_{side}") or most) for side, (_, usual, most) in USUAL_RANGES.items()}
         chosen["ranges"] = {side: [1, min(usual, most), most] for side, (usual, most) in sizes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -152,7 +153,9 @@ def run_quantize(
     watch = Watch(reporter)
     torch.manual_seed(job.seed)
     seen: list[str] = []
+    started = time.perf_counter()
     quantized, waited = _quantize(job, recipe, checkpoint, data, reporter, seen)
+    took = time.perf_counter() - started
     out.make_room()
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
@@ -170,6 +173,7 @@ def run_quantize(
         checkpoint=checkpoint.fingerprint,
         calibration=None if source is None else f"{len(seen)} images of {source.description}",
         calibration_fingerprint=data.calibration_fingerprint,
+        quantization_s=round(took - waited, 1),
         waited_for_images_s=round(waited, 1),
         unreadable=[] if source is None else source.unreadable,
     )
@@ -313,7 +317,7 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: st
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
-        paths += target.build(folder, step)
+        paths += target.build(folder, step, reporter)
     made = target.branches(folder) if isinstance(target, TensorRt) else None
     out.record("build", paths, **watch.taken(), options=_options_of("build", job), low_rank=made)
 

@@ -12,10 +12,13 @@ A GPU's baseline stands in `fp16/` of the target's folder.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -27,12 +30,14 @@ from samq.engines.onnxruntime import VERSION, OnnxRuntimeEngine, executed_layers
 from samq.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, executed_on_gpu, require_cuda
 from samq.engines.onnxruntime_options import CpuEngineInfo, load_info
 from samq.engines.predictor import Predictor
+from samq.engines.tensorrt_log import plain
 from samq.engines.tensorrt_plan import BuildOptions, log_of
 from samq.engines.tensorrt_plan import executed_layers as tensorrt_layers
+from samq.engines.tensorrt_plan import load_info as plan_info
 from samq.errors import MachineLacks, UsageError
 from samq.export.lower_onnxruntime import lower_for_onnxruntime, requested_layers
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, lower_for_tensorrt
+from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, LoweredLayer, lower_for_tensorrt
 from samq.export.parts import save_part
 from samq.export.placement import EVERYWHERE, Placement, load_placement, shipped_for
 from samq.export.tensorrt_rewrites import REWRITES
@@ -40,12 +45,31 @@ from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
 from samq.quant.config import AUTO, Recipe
 from samq.tools.job import NO_PLACEMENT, REFIT, Job
+from samq.tools.progress import Reporter
 
 ENGINES = "engines"  # folder of an output directory
 BASELINE = "fp16"  # folder of a GPU target's baseline
 LOWERING = "lowering.json"
+TIMING_CACHE, NO_TIMINGS = "timing_cache", "none"  # the builder's option, and its value for none
+PHASES = ("parse", "build", "refit", "inspect")  # of `samq.engines`; those of TensorRT's own monitor are others
+SECONDS_BETWEEN = 30.0  # lines that tell of TensorRT's own steps
 
 Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What a builder said about one engine.
+
+    Args:
+        engine: its file.
+        warnings: the different ones, each in one line.
+        log: file of all that was said.
+    """
+
+    engine: Path
+    warnings: tuple[str, ...]
+    log: Path
 
 
 class Target(Protocol):
@@ -87,7 +111,7 @@ class Target(Protocol):
         """Write the lowered graphs of what `export` left in `onnx` to `folder`; returns the files."""
         ...
 
-    def build(self, folder: Path, step: Step) -> list[Path]:
+    def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         """Make engines of the lowered graphs, or see that they run; returns the new files."""
         ...
 
@@ -97,6 +121,14 @@ class Target(Protocol):
 
     def executed(self, folder: Path) -> dict[str, Executed]:
         """What the runtime made of each layer."""
+        ...
+
+    def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
+        """What `lower` made of each layer, and why; empty where it keeps no notes."""
+        ...
+
+    def remarks(self, folder: Path) -> list[Remarks]:
+        """What was said while `build` made each engine; empty where none is made."""
         ...
 
     def files(self, folder: Path) -> list[Path]:
@@ -115,8 +147,21 @@ def executions(recipe: Recipe) -> dict[str, str]:
     return {kind.folder: kind.executes(recipe) for kind in kinds}
 
 
+class _OnnxRuntime:
+    """What its two targets have in common: engines are the lowered graphs themselves."""
+
+    def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
+        return {}
+
+    def remarks(self, folder: Path) -> list[Remarks]:
+        return []
+
+    def files(self, folder: Path) -> list[Path]:
+        return _of_parts(folder, "onnx")
+
+
 @dataclass(frozen=True)
-class OnnxRuntimeCpu:
+class OnnxRuntimeCpu(_OnnxRuntime):
     """ONNX Runtime on the CPU."""
 
     folder: str = "onnxruntime"
@@ -141,7 +186,7 @@ class OnnxRuntimeCpu:
             step()
         return paths
 
-    def build(self, folder: Path, step: Step) -> list[Path]:
+    def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         for path in self.files(folder):
             open_engine(path)
             step()
@@ -157,12 +202,9 @@ class OnnxRuntimeCpu:
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_layers(path, load_info(path).options) for path in self.files(folder))
 
-    def files(self, folder: Path) -> list[Path]:
-        return _of_parts(folder, "onnx")
-
 
 @dataclass(frozen=True)
-class OnnxRuntimeCuda:
+class OnnxRuntimeCuda(_OnnxRuntime):
     """ONNX Runtime on an NVIDIA GPU."""
 
     folder: str = "onnxruntime-cuda"
@@ -186,7 +228,7 @@ class OnnxRuntimeCuda:
                 step()
         return paths
 
-    def build(self, folder: Path, step: Step) -> list[Path]:
+    def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         for place in (folder, folder / BASELINE):
             for part in PARTS:
                 OnnxRuntimeCudaEngine(place / f"{part}.onnx")
@@ -200,9 +242,6 @@ class OnnxRuntimeCuda:
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_on_gpu(path).layers for path in self.files(folder))
 
-    def files(self, folder: Path) -> list[Path]:
-        return _of_parts(folder, "onnx")
-
 
 @dataclass(frozen=True)
 class TensorRt:
@@ -212,7 +251,8 @@ class TensorRt:
         target: what this TensorRT takes.
         low_rank: what becomes of low-rank branches.
         placement: which layers run in INT8.
-        options: of the builder.
+        options: of the builder, but for the timing cache.
+        timings: folder of the timing cache, "none", or None for that in the user's cache directory.
         refit: output directory of another job, whose refittable plans get this job's weights instead of a build.
     """
 
@@ -220,6 +260,7 @@ class TensorRt:
     low_rank: Branch = "branch"
     placement: Placement = EVERYWHERE
     options: BuildOptions = field(default_factory=BuildOptions)
+    timings: str | None = None
     refit: Path | None = None
     baseline: str = "FP16 plans, lowered and built the same way"
     float_arithmetic: str = "FP16"
@@ -271,29 +312,34 @@ class TensorRt:
         write_json(folder / LOWERING, notes)
         return [*paths, folder / LOWERING]
 
-    def build(self, folder: Path, step: Step) -> list[Path]:
-        notes = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
+    def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
+        """As `Target.build`; says how far each plan is.
+
+        Raises:
+            MachineLacks: the folder of the timing cache that was asked for cannot be written.
+        """
+        notes = _notes(folder)
+        options = self.options if self.refit is not None else with_timings(self.options, self.timings, reporter)
         paths = []
         for place in (folder, folder / BASELINE):
             for part in PARTS:
-                onnx, plan = place / f"{part}.onnx", place / f"{part}.plan"
+                onnx, plan, key = place / f"{part}.onnx", place / f"{part}.plan", _key(place, folder, part)
+                told = _Told(f"{key}.plan", reporter)
                 if self.refit is None:
-                    float32 = tuple(notes[_key(place, folder, part)]["float32"])
-                    tensorrt.build_engine(onnx, plan, replace(self.options, float32=float32))
+                    float32 = tuple(notes[key]["float32"])
+                    tensorrt.build_engine(onnx, plan, replace(options, float32=float32), told)
                 else:
                     old = self.refit / ENGINES / self.folder / plan.relative_to(folder)
-                    tensorrt.refit_engine(old, onnx, plan)
+                    tensorrt.refit_engine(old, onnx, plan, told)
                 paths += [plan, sidecar_of(plan), log_of(plan)]
                 step()
         return paths
 
     def branches(self, folder: Path) -> Branch | None:
         """What became of the branches that neither placement nor format decides about; None where there are none."""
-        notes = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
         open_to_choice = (
-            layer["branch"] and layer["compute"] == INT8_GEMM and self.placement.form(name) == "int8"
-            for part in PARTS
-            for name, layer in notes[part]["layers"].items()
+            layer.branch and layer.compute == INT8_GEMM and self.placement.form(name) == "int8"
+            for name, layer in self.lowered(folder).items()
         )
         return self.low_rank if any(open_to_choice) else None
 
@@ -303,6 +349,17 @@ class TensorRt:
 
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(tensorrt_layers(path) for path in self.files(folder))
+
+    def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
+        notes = _notes(folder)
+        return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
+
+    def remarks(self, folder: Path) -> list[Remarks]:
+        """As `Target.remarks`; the baseline's plans come last."""
+        plans = [*self.files(folder), *self.files(folder / BASELINE)]
+        return [
+            Remarks(plan, tuple(dict.fromkeys(map(plain, plan_info(plan).warnings))), log_of(plan)) for plan in plans
+        ]
 
     def files(self, folder: Path) -> list[Path]:
         return _of_parts(folder, "plan")
@@ -329,10 +386,39 @@ def tensorrt_target(job: Job) -> TensorRt:
     """
     target = target_at_hand() if job.target is None else TARGETS[job.target]
     low_rank: Branch = "fold" if job.low_rank == AUTO else job.low_rank  # the faster one first
-    options = {name: value for name, value in job.build_options.items() if name != REFIT}
-    refit = job.build_options.get(REFIT)
+    options = {name: value for name, value in job.build_options.items() if name not in (REFIT, TIMING_CACHE)}
+    timings, refit = (job.build_options.get(name) for name in (TIMING_CACHE, REFIT))
     refitted = None if refit is None else Path(refit)
-    return TensorRt(target, low_rank, _placement(job), BuildOptions.from_json(options), refitted)
+    return TensorRt(target, low_rank, _placement(job), BuildOptions.from_json(options), timings, refitted)
+
+
+def with_timings(options: BuildOptions, folder: str | None, reporter: Reporter) -> BuildOptions:
+    """The builder's options with a timing cache, seen to be writable before the minutes that a build takes.
+
+    Args:
+        folder: of the cache, "none", or None for that in the user's cache directory, which may be out of reach.
+
+    Raises:
+        MachineLacks: the folder that was asked for cannot be written.
+    """
+    if folder == NO_TIMINGS:
+        return replace(options, timing_cache=None)
+    try:
+        chosen = _usual_timings() if folder is None else Path(folder)
+        chosen.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=chosen).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        if folder is not None:
+            raise MachineLacks(f"--timing-cache cannot be written ({error}); name another folder, or none") from error
+        reporter.warn(f"TensorRT's timings are not kept ({error}); --timing-cache names another folder")
+        return replace(options, timing_cache=None)
+    return replace(options, timing_cache=str(chosen))
+
+
+def _usual_timings() -> Path:
+    """Folder of the timing cache where none is named."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "samq" / "tensorrt-timings"
 
 
 def _placement(job: Job) -> Placement:
@@ -359,6 +445,29 @@ def target_at_hand() -> TensorRtTarget:
     if name not in TARGETS:
         raise MachineLacks(f"TensorRT {version} is none of {', '.join(TARGETS)}; install one of these")
     return TARGETS[name]
+
+
+class _Told:
+    """How far a plan's build is, in lines: each phase, and steps of TensorRT's own monitor now and then."""
+
+    def __init__(self, plan: str, reporter: Reporter) -> None:
+        self._plan, self._reporter, self._said = plan, reporter, time.monotonic()
+
+    def __call__(self, phase: str, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if phase in PHASES:
+            self._reporter.say(f"{self._plan}: {phase}")
+        elif step and now - self._said >= SECONDS_BETWEEN:
+            self._reporter.say(f"{self._plan}: {phase}, step {step} of {steps}")
+        else:
+            return
+        self._said = now
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What `TensorRt.lower` noted about each graph."""
+    notes: dict[str, Any] = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
+    return notes
 
 
 def _key(place: Path, folder: Path, part: str) -> str:

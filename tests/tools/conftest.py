@@ -71,6 +71,14 @@ def _short_measurements() -> None:
     latency.SECONDS.update(dict.fromkeys(latency.SECONDS, 0.2))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one build keeps for the next stays out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """The small model as a checkpoint, six photos, and two of them annotated."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from samq.engines import tensorrt
 from samq.engines.base import Arrays
 from samq.engines.cuda import Device
+from samq.engines.tensorrt_log import INFO, WARNING, Log
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, PlanTensor, load_info, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, silent
 from samq.errors import BadInput
@@ -43,6 +44,8 @@ class TensorRtOnCpu:
         clock: milliseconds of a run of a graph.
         refuses: graphs that cannot be built.
         spoils: graphs whose engine gives nothing but zeros.
+        warnings: what is said while a plan is built.
+        steps: of the monitor, which later versions have.
         built: graphs and options of all builds.
         refitted: plans that were refitted, and where to.
     """
@@ -50,6 +53,8 @@ class TensorRtOnCpu:
     clock: Callable[[onnx.GraphProto], float] = one_millisecond
     refuses: Callable[[onnx.GraphProto], bool] = lambda graph: False
     spoils: Callable[[onnx.GraphProto], bool] = lambda graph: False
+    warnings: tuple[str, ...] = ()
+    steps: int = 0
     built: list[tuple[onnx.GraphProto, BuildOptions]] = field(default_factory=list)
     refitted: list[tuple[Path, Path]] = field(default_factory=list)
 
@@ -69,8 +74,14 @@ class TensorRtOnCpu:
             raise BadInput(f"{onnx_path.name}: no implementation")
         options = options or BuildOptions()
         self.built.append((graph, options))
+        for phase in ("parse", "build"):
+            progress(phase, 0, 0)
+        for step in range(self.steps):
+            progress("Building Engine", step + 1, self.steps)
+        progress("inspect", 0, 0)
         shutil.copyfile(onnx_path, plan_path)
-        log_of(plan_path).write_text("", encoding="utf-8")
+        log = Log([(INFO, "Global timing cache in use."), *((WARNING, text) for text in self.warnings)])
+        log_of(plan_path).write_text(str(log), encoding="utf-8")
         info = PlanInfo(
             gpu=H100.name,
             capability=H100.capability,
@@ -85,7 +96,7 @@ class TensorRtOnCpu:
             plan_bytes=plan_path.stat().st_size,
             gemms=tuple(node.name for node in graph.node if node.op_type == "MatMul"),
             layers=(),
-            warnings=(),
+            warnings=tuple(log.of(WARNING)),
         )
         save_info(plan_path, info)
         return info
@@ -93,7 +104,7 @@ class TensorRtOnCpu:
     def refit_engine(self, plan_path: Path, onnx_path: Path, new_path: Path, progress: Progress = silent) -> PlanInfo:
         options = load_info(plan_path).options
         self.refitted.append((plan_path, new_path))
-        return self.build_engine(onnx_path, new_path, options)
+        return self.build_engine(onnx_path, new_path, options, progress)
 
     def open_engine(self, plan_path: Path) -> EngineOnCpu:
         return EngineOnCpu(self, plan_path)

@@ -355,7 +355,7 @@ REFUSALS = {
     ),
     "nothing to plan": (f"{JOB} --config int4_w4only_rtn --parts mask_decoder --dry-run", 2, "no layer"),
     "TensorRT's options without it": (
-        "run --model-path {ck} --output-dir {out} --config int4_w4only_rtn --optimization-level 5 --max-batch 4",
+        "run --model-path {ck} --output-dir {out} --config int4_w4only_rtn --optimization-level 0 --max-batch 4",
         2,
         "optimization_level, ranges",
         "--engine tensorrt",

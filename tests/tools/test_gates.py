@@ -58,9 +58,10 @@ def test_branches_stay_folded_where_that_is_accurate_enough(
 
 
 @pytest.mark.parametrize(
-    ("speedup", "least", "warned"), [(0.90, None, True), (0.996, None, False), (1.2, None, False), (0.90, 0.8, False)]
+    ("speedup", "least", "warned"),
+    [(0.90, None, True), (0.996, None, False), (1.2, None, False), (0.90, 0.8, True), (0.90, 1.0, False)],
 )
-def test_a_slower_engine_is_warned_of_where_no_gate_judges_it(
+def test_a_slower_engine_is_warned_of_unless_a_missed_gate_says_it(
     speedup: float, least: float | None, warned: bool
 ) -> None:
     latency = {"baseline_ms": 9.0, "quantized_ms": 10.0, "speedup": speedup, "baseline": "FP32"}

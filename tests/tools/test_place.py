@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -54,7 +55,9 @@ def test_every_block_is_measured_as_it_stands_in_the_engine(
     placement = placed(exported, tmp_path / "placement.yaml", "--optimization-level", 4)
     assert (placement.gpu, placement.tensorrt) == (H100.name, VERSION)
     assert {block: list(forms) for block, forms in placement.blocks.items()} == dict.fromkeys(BLOCKS, FORMS)
+    usual = Path(os.environ["XDG_CACHE_HOME"]) / "samq" / "tensorrt-timings"
     for graph, options in machine.built:
+        assert options.timing_cache == str(usual)
         ends = [value.name for value in (*graph.input, *graph.output) if value.name != "pixel_values"]
         assert options.half_io == tuple(ends)
         assert options.optimization_level == 4
@@ -173,9 +176,10 @@ def test_a_rewrite_can_be_left_out(exported: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_budget_buys_accuracy(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    TensorRtOnCpu(int8_wins).install(monkeypatch)
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
     path = tmp_path / "placement.yaml"
-    fastest = placed(exported, path)
+    fastest = placed(exported, path, "--timing-cache", "none")
+    assert {options.timing_cache for _, options in machine.built} == {None}
     assert "branch" not in fastest.layers.values() or "fold" in fastest.layers.values()
     richest = placed(exported, path, "--budget", 200)
     assert {richest.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
@@ -198,6 +202,7 @@ def test_refusals(
     refused(samq("place", "--output-dir", tmp_path), 6, "no output directory")
     refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, branch, fold")
     refused(samq("place", "--output-dir", exported, "--eval-data", tmp_path / "gone"), 6, "gone")
+    refused(samq("place", "--output-dir", exported, "--timing-cache", inputs.coco / "folder"), 5, "--timing-cache")
     out = tmp_path / "out"
     samq("quantize", "--model-path", inputs.checkpoint, "--config", "int4_w4only_rtn", "--output-dir", out)
     refused(samq("place", "--output-dir", out), 6, "`export` is not done")

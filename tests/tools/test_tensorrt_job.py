@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +13,12 @@ from conftest import Answer, Inputs, refused, samq
 from tensorrt_on_cpu import TensorRtOnCpu
 
 from samq.calib.parts import PARTS
-from samq.engines.tensorrt_plan import USUAL_RANGES, load_info
+from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, load_info
+from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED
+from samq.tools import targets
 from samq.tools.cli import LARGEST
+from samq.tools.progress import Reporter
+from samq.tools.report.page import report_page
 
 PROMPTS = {"point_coords", "point_labels", "mask_input", "has_mask_input"}
 
@@ -29,9 +35,10 @@ def out(exported: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def build(out: Path, *options: object) -> None:
+def build(out: Path, *options: object) -> Answer:
     answer = samq("build", "--output-dir", out, "--engine", "tensorrt", "--placement", "none", *options)
     assert answer.code == 0, answer.err
+    return answer
 
 
 def validate(out: Path, inputs: Inputs, *options: object) -> Answer:
@@ -126,3 +133,136 @@ def test_static_shapes_change_the_answers_to_clicks_alone(
     found = validate(out, inputs).json["accuracy"]["by_kind"]
     assert found["box"]["miou_baseline"] == pytest.approx(expected["box"]["miou_baseline"], abs=1e-6)
     assert found["click"]["miou_baseline"] != pytest.approx(expected["click"]["miou_baseline"], abs=1e-6)
+
+
+def test_what_tensorrt_warned_of_is_in_the_report(out: Path, machine: TensorRtOnCpu, inputs: Inputs) -> None:
+    """Each text once, wherever in its sources TensorRT said it; what is too much is counted."""
+    machine.warnings = (
+        "onnx2trt_utils.cpp:374: INT64 weights\nare cast <b>down</b>",
+        "onnx2trt_utils.cpp:391: INT64 weights are cast <b>down</b>.",
+        *(f"Missing scale and zero-point for tensor t{index}" for index in range(25)),
+    )
+    build(out)
+    said = validate(out, inputs).json["engine_log"]
+    names = [f"engines/trt8/{place}{part}.plan" for place in ("", "fp16/") for part in PARTS]
+    assert [entry["engine"] for entry in said] == names
+    for entry in said:
+        assert entry["warnings"][:2] == [
+            "INT64 weights are cast <b>down</b>",
+            "Missing scale and zero-point for tensor t0",
+        ]
+        assert (len(entry["warnings"]), entry["more_warnings"]) == (20, 6)
+        log = (out / entry["log"]).read_text()
+        assert all(text in log for text in machine.warnings)
+    markdown, page = ((out / "report" / name).read_text() for name in ("report.md", "report.html"))
+    assert markdown.count("  - and 6 more") == page.count("and 6 more") == 4
+    for text in (markdown, page):
+        assert "26 warnings" in text.replace("\N{NO-BREAK SPACE}", " ")
+        assert all(entry["log"] in text for entry in said)
+    assert "INT64 weights are cast &lt;b&gt;down" in page
+
+
+def test_engines_that_nothing_builds_have_no_log(finished: tuple[Path, Answer]) -> None:
+    out, answer = finished
+    assert (answer.json["engine_log"], answer.json["folded"]) == ([], None)
+    assert all(layer["lowered"] is None for layer in answer.json["layers"])
+    assert not any("lowered to" in note for layer in answer.json["layers"] for note in layer["notes"])
+    assert all("TensorRT's log" not in (out / "report" / name).read_text() for name in ("report.md", "report.html"))
+
+
+def test_a_report_from_before_there_was_a_log_is_still_shown(finished: tuple[Path, Answer], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "out")
+    file = tmp_path / "out" / "report" / "report.json"
+    report = json.loads(file.read_text())
+    for layer in report["layers"]:
+        del layer["lowered"]
+    file.write_text(json.dumps({key: report[key] for key in report if key not in ("engine_log", "folded")}))
+    assert report_page(tmp_path / "out") == report_page(finished[0])
+
+
+def test_the_report_says_what_became_of_each_layer_and_why(
+    out: Path, machine: TensorRtOnCpu, inputs: Inputs, tmp_path: Path
+) -> None:
+    placement = tmp_path / "placement.yaml"
+    placement.write_text("layers:\n  vision_encoder.backbone.blocks.0.*: fp16\n")
+    build(out, "--low-rank", "fold", "--placement", placement)
+    report = validate(out, inputs).json
+    notes = json.loads((out / "engines/trt8/lowering.json").read_text())
+    lowered = {name: layer for part in PARTS for name, layer in notes[part]["layers"].items()}
+    assert {layer["name"]: layer["lowered"] for layer in report["layers"] if layer["lowered"]} == lowered
+    told = {layer["name"]: layer["notes"][-1] for layer in report["layers"] if layer["requested"] != "float"}
+    errors = {name: layer["fold_error"] for name, layer in lowered.items() if layer["fold_error"] is not None}
+    assert errors
+    for name, note in told.items():
+        if name.startswith("vision_encoder.backbone.blocks.0."):
+            assert note.startswith(f"lowered to {FLOAT_GEMM} ({PLACED})")
+        elif name in errors:
+            assert note == (
+                f"lowered to {INT8_GEMM}, low-rank branch folded with an error of {100 * errors[name]:.3g} %"
+            )
+        else:
+            assert note.startswith("lowered to ")
+    worst = max(errors, key=errors.__getitem__)
+    assert report["folded"] == {"layers": len(errors), "largest_error": errors[worst], "layer": worst}
+    sentence = f"the largest error of that is {100 * errors[worst]:.3g} % of the weight, in {worst}."
+    for file in ("report.md", "report.html"):
+        text = (out / "report" / file).read_text()
+        assert sentence in text
+        assert all(note in text for note in told.values())
+
+
+def test_phases_are_told_and_the_monitor_s_steps_now_and_then(
+    out: Path, machine: TensorRtOnCpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.steps = 50
+    lines = build(out).err.splitlines()
+    names = [f"{place}{part}.plan" for place in ("", "fp16/") for part in PARTS]
+    phases = [f"{name}: {phase}" for name in names for phase in ("parse", "build", "inspect")]
+    assert [line for line in lines if ".plan: " in line] == phases
+    monkeypatch.setattr(targets, "SECONDS_BETWEEN", 0.0)
+    lines = build(out, "--optimization-level", 5).err.splitlines()
+    assert lines.count("fp16/mask_decoder.plan: Building Engine, step 49 of 50") == 1
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(phases) < set(manifest["stages"]["build"]["log"])
+
+
+def test_timings_are_kept_for_the_next_build(out: Path, machine: TensorRtOnCpu, tmp_path: Path) -> None:
+    usual = Path(os.environ["XDG_CACHE_HOME"]) / "samq" / "tensorrt-timings"
+    for options, folder in (
+        ((), str(usual)),
+        (("--timing-cache", "none"), None),
+        (("--timing-cache", tmp_path / "own"), str(tmp_path / "own")),
+    ):
+        machine.built.clear()
+        build(out, *options)
+        assert [built.timing_cache for _, built in machine.built] == [folder] * 2 * len(PARTS)
+        assert folder is None or list(Path(folder).iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_only_where_it_was_asked_for(
+    out: Path, machine: TensorRtOnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(out)
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert "nothing changed" in build(out).err, "where timings are kept is not what is built"
+    machine.built.clear()
+    answer = build(out, "--workspace-mib", 64)
+    assert answer.err.count("warning: ") == answer.err.count("warning: TensorRT's timings are not kept (") == 1
+    assert str(file) in answer.err
+    assert {built.timing_cache for _, built in machine.built} == {None}
+    command = ("--output-dir", out, "--timing-cache")
+    refused(samq("build", "--engine", "tensorrt", *command, file / "own"), 5, str(file), "none")
+    refused(samq("build", "--engine", "tensorrt", *command, file), 2, "--timing-cache", "is a file")
+    refused(samq("build", *command, "none"), 2, "timing_cache", "--engine tensorrt")
+
+
+def test_without_a_named_cache_directory_that_of_the_home_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative XDG_CACHE_HOME names none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    chosen = targets.with_timings(BuildOptions(), None, Reporter(quiet=True))
+    assert chosen.timing_cache == str(tmp_path / ".cache" / "samq" / "tensorrt-timings")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
+from samq.export.lower_tensorrt import LoweredLayer
 from samq.quant.config import Recipe
 from samq.tools.engine_start import file_bytes
 from samq.tools.evaluate import Record, summarize
@@ -20,10 +21,12 @@ from samq.tools.job import Data, Job
 from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.report.environment import environment
 from samq.tools.report.reading import SCHEMA
+from samq.tools.report.units import percent
 from samq.tools.report.verdict import FLOAT
 from samq.tools.targets import Target, requested_compute
 
 NOT_READ = "not read"  # of convolutions, and of layers that the runtime does not name
+MOST_WARNINGS = 20  # of one engine; the others are counted
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def build_report(
         validation: what `validate` took so far, from `samq.tools.watch.Watch`.
     """
     accuracy = None if measured.records is None else summarize(measured.records)
-    layers = _layers(out, recipe, target.float_arithmetic, measured)
+    layers = _layers(out, recipe, target, measured)
     quantized = [layer for layer in layers if layer["requested"] != FLOAT]
     stages = {stage: out.stages[stage] for stage in STAGES[:-1] if stage in out.stages} | {STAGES[-1]: validation}
     return {
@@ -91,6 +94,8 @@ def build_report(
         },
         "layers": layers,
         "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
+        "folded": _folded(layers),
+        "engine_log": _engine_log(out, target),
         "evaluation_data": data.origin,
         "evaluation_fingerprint": measured.images,
         "evaluation_unreadable": [] if data.evaluation is None else data.evaluation.unreadable,
@@ -147,13 +152,15 @@ def _commands(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"command": command, "stages": made} for command, made in found.items()]
 
 
-def _layers(out: OutputDir, recipe: Recipe, float_arithmetic: str, measured: Measured) -> list[dict[str, Any]]:
+def _layers(out: OutputDir, recipe: Recipe, target: Target, measured: Measured) -> list[dict[str, Any]]:
     table = json.loads((out.path / "weights" / "layers.json").read_text(encoding="utf-8"))
+    all_lowered = target.lowered(out.path / "engines" / target.folder)
     layers = []
     for row in table:
         found, decibels = measured.executed.get(row["name"]), measured.sqnr.get(row["name"])
-        floating = row["skip"] is not None
-        compute = requested_compute(recipe.of_layer(row["name"]), float_arithmetic)
+        floating, lowered = row["skip"] is not None, all_lowered.get(row["name"])
+        compute = requested_compute(recipe.of_layer(row["name"]), target.float_arithmetic)
+        became = "" if floating or lowered is None else _became(lowered)
         executes = NOT_READ if found is None else f"{found.compute} ({found.operator})"
         layers.append(
             {
@@ -166,7 +173,8 @@ def _layers(out: OutputDir, recipe: Recipe, float_arithmetic: str, measured: Mea
                 "group_size": None if floating else row["group_size"],
                 "rank": None if floating else row["rank"],
                 "skipped_because": row["skip"],
-                "notes": [note for note in (row["grouping"], row["ranking"], *row.get("remarks", ())) if note],
+                "lowered": None if lowered is None else asdict(lowered),
+                "notes": [note for note in (row["grouping"], row["ranking"], *row.get("remarks", ()), became) if note],
                 "output_error": row.get("output_error"),
                 "damping": row.get("damping"),
                 "fp16_bytes": row["fp16_bytes"],
@@ -174,6 +182,35 @@ def _layers(out: OutputDir, recipe: Recipe, float_arithmetic: str, measured: Mea
             }
         )
     return layers
+
+
+def _became(lowered: LoweredLayer) -> str:
+    """What lowering made of a layer, and why, in words."""
+    why = f" ({lowered.reason})" if lowered.reason else ""
+    branch = f", low-rank branch {lowered.branch}" if lowered.branch else ""
+    error = "" if lowered.fold_error is None else f" with an error of {percent(lowered.fold_error)}"
+    return f"lowered to {lowered.compute}{why}{branch}{error}"
+
+
+def _folded(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What folding low-rank branches into INT8 weights costs; None where none is."""
+    errors = {layer["name"]: layer["lowered"]["fold_error"] for layer in layers if layer["lowered"] is not None}
+    told = {name: error for name, error in errors.items() if error is not None}
+    worst = max(told, key=told.__getitem__, default=None)
+    return None if worst is None else {"layers": len(told), "largest_error": told[worst], "layer": worst}
+
+
+def _engine_log(out: OutputDir, target: Target) -> list[dict[str, Any]]:
+    """What was said while each engine was built; paths are those in the output directory."""
+    return [
+        {
+            "engine": remarks.engine.relative_to(out.path).as_posix(),
+            "warnings": list(remarks.warnings[:MOST_WARNINGS]),
+            "more_warnings": len(remarks.warnings[MOST_WARNINGS:]),
+            "log": remarks.log.relative_to(out.path).as_posix(),
+        }
+        for remarks in target.remarks(out.path / "engines" / target.folder)
+    ]
 
 
 def _agrees(floating: bool, compute: str, found: Executed | None) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from samq.calib.parts import PARTS
-from samq.tools.report.units import data_size, number, percent, seconds
-from samq.tools.report.verdict import verdict
+from samq.tools.report.units import counted, data_size, number, percent, seconds
+from samq.tools.report.verdict import folded_branches, verdict
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -24,6 +24,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         _latency_section(report),
         _memory_section(report),
         _layer_section(report),
+        _engine_log_section(report),
         _environment_section(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -84,7 +85,17 @@ def _layer_section(report: dict[str, Any]) -> str:
         for layer in ordered
     ]
     head = ("layer", "requested", "executed", "SQNR dB", "group", "rank", "notes")
-    return f"## Layers\n\n{_table(head, rows)}"
+    return "\n\n".join(filter(None, ["## Layers", folded_branches(report), _table(head, rows)]))
+
+
+def _engine_log_section(report: dict[str, Any]) -> str:
+    lines = []
+    for said in report["engine_log"]:
+        count = len(said["warnings"]) + said["more_warnings"]
+        lines.append(f"- {said['engine']}: {counted(count, 'warning')}; all that was said: {said['log']}")
+        lines += [f"  - {warning}" for warning in said["warnings"]]
+        lines += [f"  - and {said['more_warnings']} more"] if said["more_warnings"] else []
+    return "## TensorRT's log\n\n" + "\n".join(lines) if lines else ""
 
 
 def _environment_section(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from samq.tools.report.plots import Bar, Point
 from samq.tools.report.reading import FOLDER, read_bytes, read_prompts, read_report
 from samq.tools.report.rendering import render
 from samq.tools.report.units import data_size, milliseconds
-from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, headline
+from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, folded_branches, headline
 
 NOISIEST = 5  # layers that are named beside the plot
 IN_WORDS = {"image_encoder": "image encoder", "mask_decoder": "mask decoder"}
@@ -46,6 +46,8 @@ def report_page(out: Path) -> str:
         misfits=[layer for layer in report["layers"] if not layer["agrees"]],
         noisiest=_noisiest(report),
         executions=_executions(report),
+        folded=folded_branches(report),
+        engine_log=report.get("engine_log", []),
         search=search,
         front=front(search),
         config=_config(out),

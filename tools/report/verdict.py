@@ -112,6 +112,17 @@ def agreement_with_fp32(half: dict[str, Any]) -> str:
     )
 
 
+def folded_branches(report: dict[str, Any]) -> str:
+    """What folding low-rank branches costs, from the report's `folded`; empty where none is folded."""
+    folded = report.get("folded")
+    if folded is None:
+        return ""
+    return (
+        f"Low-rank branches are folded into the INT8 weights of {counted(folded['layers'], 'layer')}; the largest "
+        f"error of that is {percent(folded['largest_error'])} of the weight, in {folded['layer']}."
+    )
+
+
 def _gate(report: dict[str, Any], option: str, otherwise: str) -> tuple[str, str]:
     """What a gate asked for, and its state; without a gate, the state `otherwise`."""
     for gate in report["gates"]:

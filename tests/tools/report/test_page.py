@@ -86,6 +86,11 @@ def _with_misfits(report: dict[str, Any]) -> None:
     report["model"] = f"/data/{IMAGE.replace('/', '-')}"
     report["evaluation_data"] = report["calibration"]["calibration"] = SCRIPT
     report["environment"]["processor"] = SCRIPT
+    report["folded"] = {"layers": 25, "largest_error": 0.0123, "layer": IMAGE}
+    report["engine_log"] = [
+        {"engine": f"engines/{IMAGE}", "warnings": [SCRIPT, "x" * 300], "more_warnings": 7, "log": IMAGE},
+        {"engine": "engines/trt8/mask_decoder.plan", "warnings": [], "more_warnings": 0, "log": "x" * 300},
+    ]
 
 
 def _unmeasured(report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from samq.tools.gates import judge
-from samq.tools.report.verdict import MISSED, PASSED, PLAIN, UNKNOWN, WARNING, claims, headline
+from samq.tools.report.verdict import MISSED, PASSED, PLAIN, UNKNOWN, WARNING, claims, folded_branches, headline
 
 MISFIT = {"name": "b", "requested": "W4A8: INT8 GEMM", "agrees": False}
 
@@ -94,3 +94,10 @@ def test_unknown_accuracy_is_not_called_passed() -> None:
     assert claims(report)[0].state == UNKNOWN
     report["gates"] = judge(report, (0.5, None))
     assert claims(report)[0].state == MISSED
+
+
+def test_the_largest_error_of_folded_branches_is_one_sentence() -> None:
+    assert folded_branches(_report()) == folded_branches(_report(folded=None)) == ""
+    told = folded_branches(_report(folded={"layers": 1, "largest_error": 0.01234, "layer": "a"}))
+    assert told.startswith("Low-rank branches are folded into the INT8 weights of 1 layer;")
+    assert told.endswith("the largest error of that is 1.23 % of the weight, in a.")
