@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,14 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Take in inputs [..., K]. A sample that has grown too large loses every other row, and so do later calls."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.low = torch.minimum(self.low, x.amin(0))
-        self.high = torch.maximum(self.high, x.amax(0))
+        low, high = x.aminmax(dim=0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.total += x.sum(0, dtype=torch.float64)
         if self.hessian is not None:
             self.hessian.addmm_(x.T, x)
         if self.histogram is not None:
             self.histogram.add(x)
-        picked = torch.linspace(0, len(x) - 1, min(self.share, len(x)), device=x.device).round().long()
-        self.sample = torch.cat([self.sample, x[picked]])
+        self.sample = torch.cat([self.sample, x[_spread(len(x), min(self.share, len(x)), x.device)]])
         if len(self.sample) > SAMPLE_ROWS:
             self.sample, self.share = self.sample[::2], max(1, self.share // 2)
         self.rows += len(x)
@@ -129,6 +129,12 @@ class InputStatistics:
     def absmax(self) -> Tensor:
         """[K] largest magnitude of each channel."""
         return torch.maximum(-self.low, self.high)
+
+
+@lru_cache(maxsize=64)
+def _spread(rows: int, count: int, device: torch.device) -> Tensor:
+    """[count] numbers of rows, evenly spread; kept, for hundreds of layers ask for the same at every image."""
+    return torch.linspace(0, rows - 1, count, device=device).round().long()
 
 
 @dataclass

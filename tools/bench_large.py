@@ -61,7 +61,9 @@ def main() -> int:
                 return code
             if stage == "quantize":
                 told = OutputDir.open(output).stages[stage]
-                print(f"{told['calibration']}: quantization itself {told['quantization_s']} s", flush=True)
+                print(
+                    f"itself {told['quantization_s']} s, calibration {told.get('calibration_s', 0)} s of it", flush=True
+                )
         sizes = {path.relative_to(output): path.stat().st_size for path in sorted(output.rglob("*.onnx"))}
         print(", ".join(f"{path} {size / 1e6:.1f} MB" for path, size in sizes.items()))
     return 0

@@ -153,9 +153,7 @@ def run_quantize(
     watch = Watch(reporter)
     torch.manual_seed(job.seed)
     seen: list[str] = []
-    started = time.perf_counter()
-    quantized, waited = _quantize(job, recipe, checkpoint, data, reporter, seen)
-    took = time.perf_counter() - started
+    quantized, seconds = _quantize(job, recipe, checkpoint, data, reporter, seen)
     out.make_room()
     weights = out.path / "weights"
     paths = [save_quantized(weights, quantized.model, quantized.codes), weights / "config.json"]
@@ -173,20 +171,25 @@ def run_quantize(
         checkpoint=checkpoint.fingerprint,
         calibration=None if source is None else f"{len(seen)} images of {source.description}",
         calibration_fingerprint=data.calibration_fingerprint,
-        quantization_s=round(took - waited, 1),
-        waited_for_images_s=round(waited, 1),
+        **seconds,
         unreadable=[] if source is None else source.unreadable,
     )
 
 
 def _quantize(
     job: Job, recipe: Recipe, checkpoint: Checkpoint, data: Data, reporter: Reporter, seen: list[str]
-) -> tuple[Quantized, float]:
-    """The quantized model, and seconds spent waiting for images; the names of those that it saw go to `seen`."""
+) -> tuple[Quantized, dict[str, float]]:
+    """The quantized model, and what took how long; the names of the images that it saw go to `seen`.
+
+    Waiting for images is in neither of the other times. What a GPU still computes when the last image has passed is not
+    calibration's.
+    """
+    started = calibrated = time.perf_counter()
     layers = sum(plan.skip is None for plan in make_plan(checkpoint.model, recipe, job.parts))
     if data.calibration is None:
         with reporter.track(f"quantize {layers} layers", layers) as step:
-            return quantize(checkpoint.model, recipe, None, job.parts, lambda _: step()), 0.0
+            result = quantize(checkpoint.model, recipe, None, job.parts, lambda _: step())
+        return result, {"quantization_s": round(time.perf_counter() - started, 1)}
     asked = recipe.calib.num_samples
     count = min(asked, len(data.calibration))
     batches = Ahead(
@@ -194,11 +197,23 @@ def _quantize(
     )
     steps = -(-count // recipe.calib.batch_size) + layers
     with reporter.track(f"quantize {layers} layers on {count} images", steps) as step:
-        result = quantize(checkpoint.model, recipe, batches, job.parts, lambda _: step())
+
+        def tick(what: str) -> None:
+            nonlocal calibrated
+            step()
+            calibrated = time.perf_counter() if what == "calibrate" else calibrated
+
+        result = quantize(checkpoint.model, recipe, batches, job.parts, tick)
+    ended = time.perf_counter()
     warn_of_unreadable(data.calibration, reporter)
     if len(seen) < asked:
         reporter.warn(f"calibrated on {len(seen)} images; {asked} were asked for")
-    return result, batches.waited
+    seconds = {
+        "quantization_s": ended - started - batches.waited,
+        "calibration_s": calibrated - started - batches.waited,
+        "waited_for_images_s": batches.waited,
+    }
+    return result, {name: round(value, 1) for name, value in seconds.items()}
 
 
 def pixel_batches(

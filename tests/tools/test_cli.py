@@ -265,6 +265,12 @@ def test_a_missed_gate_has_its_exit_code_and_keeps_the_report(
     assert set(OutputDir.open(out).stages) == {"quantize", "export", "build", "validate"}
 
 
+def test_the_manifest_tells_how_long_quantization_took(finished: tuple[Path, Answer]) -> None:
+    told = OutputDir.open(finished[0]).stages["quantize"]
+    assert 0 <= told["calibration_s"] <= told["quantization_s"] <= told["seconds"]
+    assert told["quantization_s"] + told["waited_for_images_s"] <= told["seconds"] + 0.2  # each is rounded
+
+
 def test_a_reached_gate_ends_with_0(finished: tuple[Path, Answer], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
