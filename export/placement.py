@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from samq.files import write_text
 from samq.quant.config_file import load_yaml
 
-Form = Literal["fp16", "int8", "branch", "fold"]
-MOST_EXACT_FIRST: tuple[Form, ...] = ("fp16", "branch", "int8", "fold")
+Form = Literal["fp16", "int8", "branch", "fold", "mlp"]
+MOST_EXACT_FIRST: tuple[Form, ...] = ("fp16", "mlp", "branch", "int8", "fold")
+MLP = "*.mlp.*"  # layers that form mlp runs in INT8; those around the attention stay FP16, so that it stays fused
 SHORTEST = 1e-4  # milliseconds; below that, differences are none
 
 
@@ -58,13 +59,16 @@ class Placement(BaseModel):
     tensorrt: Annotated[str, Field(description="version that it was measured with")] = ""
     layers: Annotated[
         dict[str, Form],
-        Field(description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch or fold"),
+        Field(description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch, fold or mlp"),
     ] = {}
     blocks: Annotated[Figures, Field(description="block → form → what was measured")] = {}
 
     def form(self, layer: str) -> Form:
-        """The form of a layer; int8 where no pattern matches."""
-        return next((form for pattern, form in self.layers.items() if fnmatchcase(layer, pattern)), "int8")
+        """The form of a layer: any but mlp, which is int8 or fp16 for a layer; int8 where no pattern matches."""
+        form: Form = next((form for pattern, form in self.layers.items() if fnmatchcase(layer, pattern)), "int8")
+        if form == "mlp":
+            return "int8" if fnmatchcase(layer, MLP) else "fp16"
+        return form
 
     def save(self, path: Path) -> Path:
         """Write the file; `load_placement` reads it back equal."""

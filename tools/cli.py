@@ -21,7 +21,7 @@ from samq import __version__
 from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageError
 
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
-FORMS = ("fp16", "branch", "int8", "fold")  # as in samq.export.placement
+FORMS = ("fp16", "mlp", "branch", "int8", "fold")  # as in samq.export.placement
 LARGEST = {  # of a TensorRT plan's dynamic sides: as in samq.engines.tensorrt_plan, and what they are
     "batch": (4, "Most images at a time of a TensorRT plan, with --dynamic-shapes."),
     "prompts": (16, "Most prompts at a time of a TensorRT plan; more than that come one after the other."),
@@ -379,7 +379,8 @@ def bench(**options: Any) -> None:
     "--forms",
     callback=_parse_names(*FORMS),
     metavar="LIST",
-    help=f"Of {', '.join(FORMS)}, with commas.  [default: fp16, and int8, or branch and fold where there are branches]",
+    help=f"Of {', '.join(FORMS)}, with commas.  mlp is INT8 behind the attention alone.  "
+    "[default: fp16, and int8, or branch and fold where there are branches]",
 )
 @click.option(
     "--budget",

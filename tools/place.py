@@ -187,18 +187,19 @@ def _image(out: OutputDir, recipe: Recipe, eval_data: str | None, size: int) -> 
 
 
 def forms_for(recipe: Recipe, asked: Collection[Form] = ()) -> list[Form]:
-    """The forms to measure for a recipe: those asked for, or all that differ; FP16 always, and first.
+    """The forms to measure for a recipe: those asked for, or all that differ but mlp; FP16 always, and first.
 
     Raises:
         UsageError: one that was asked for does not exist for the recipe.
     """
     has_branches = any(own.wgts.low_rank is not None for own in recipe.variants()) and not recipe.weight_only
-    possible: tuple[Form, ...] = ("fp16", "branch", "fold") if has_branches else ("fp16", "int8")
+    possible: tuple[Form, ...] = ("fp16", "mlp", "branch", "fold") if has_branches else ("fp16", "mlp", "int8")
     wrong = ", ".join(sorted(set(asked) - set(possible)))
     if wrong:
         kind = "with" if has_branches else "without"
         raise UsageError(f"{wrong}: the forms of a recipe {kind} low-rank branches are {', '.join(possible)}")
-    return [form for form in possible if form == "fp16" or not asked or form in asked]
+    chosen = set(asked) or {*possible} - {"mlp"}
+    return [form for form in possible if form == "fp16" or form in chosen]
 
 
 def told(figure: Figure) -> str:

@@ -26,6 +26,8 @@ def test_the_first_pattern_decides() -> None:
     assert placement.form(f"{BLOCK}.1.attn.qkv") == "fp16"
     assert placement.form(f"{BLOCK}.10.attn.qkv") == "int8"
     assert EVERYWHERE.form("anything") == "int8"
+    mlps = Placement(layers={f"{BLOCK}.*": "mlp"})
+    assert [mlps.form(f"{BLOCK}.3.{layer}") for layer in ("mlp.proj_in", "attn.qkv")] == ["int8", "fp16"]
 
 
 def figures(**forms: tuple[float, float]) -> dict[Form, Figure]:
@@ -113,7 +115,8 @@ def test_layers_are_placed(target: TensorRtTarget) -> None:
         block = name.removeprefix(f"{BLOCK}.").partition(".")[0]
         became = {"0": (FLOAT_GEMM, "folded"), "1": (INT8_GEMM, "folded")}.get(block, (INT8_GEMM, "kept"))
         assert (layer.compute, layer.branch) in (became, (became[0], ""))
-        assert layer.reason == (PLACED if block == "0" else "")
+        assert layer.reason.startswith(f"{PLACED}; FP16 rounds the weights by up to 0.04") == (block == "0")
+        assert bool(layer.reason) == (block == "0")
     given = feeds(lowered.model)
     found, expected = (as_written(form.model, given) for form in (lowered, everywhere))
     assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < FLIPPED_CODES

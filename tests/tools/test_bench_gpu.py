@@ -359,10 +359,10 @@ def test_every_graph_computes_what_the_model_does(row: str, made: Graphs, subjec
     assert error is not None
     if preset is None:
         assert error < (HALF_ERROR if made_of.row.engine == "onnxruntime" else EXACT)
-    else:  # single INT8 codes flip, and folding a branch rounds it again
+    else:  # single INT8 codes flip, folding a branch rounds it again, and MLPs are a part of what is simulated
         quantization = likeness(simulated, runtimes.exact_embeddings(subject.model, images))["relative_error"]
         assert quantization is not None
-        assert error < min(FLIPPED_CODES, 0.5 * quantization)
+        assert error < (quantization if made_of.row.placement == "mlp" else min(FLIPPED_CODES, 0.5 * quantization))
     if made_of.row.engine == "tensorrt":
         assert lint(ir.load(graph.path), TRT8) == []
     requested = graph.facts.get("requested", {})

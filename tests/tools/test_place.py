@@ -92,6 +92,21 @@ def test_the_placement_is_what_the_lowering_takes(
     assert all(layer.startswith(f"{BLOCKS[0]}.") for layer in quantized)
 
 
+def test_int8_in_mlps_alone_can_be_measured(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    placement = placed(exported, tmp_path / "placement.yaml", "--forms", "mlp")
+    assert [placement.form(f"{BLOCKS[0]}.{layer}") for layer in ("mlp.proj_in", "attn.qkv")] == ["int8", "fp16"]
+    quantized = {
+        node.name.partition("/")[0]
+        for graph, _ in machine.built
+        for node in graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+    assert quantized
+    assert all(".mlp." in layer for layer in quantized)
+    assert all(0 < figures["mlp"].error < 0.2 for figures in placement.blocks.values())  # type: ignore[operator]
+
+
 def test_what_is_measured_is_not_measured_again(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +215,7 @@ def test_refusals(
     TensorRtOnCpu().install(monkeypatch)
     refused(samq("place", "--output-dir", finished[0]), 2, "dynamic shapes", "--target")
     refused(samq("place", "--output-dir", tmp_path), 6, "no output directory")
-    refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, branch, fold")
+    refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, mlp, branch, fold")
     refused(samq("place", "--output-dir", exported, "--eval-data", tmp_path / "gone"), 6, "gone")
     refused(samq("place", "--output-dir", exported, "--timing-cache", inputs.coco / "folder"), 5, "--timing-cache")
     out = tmp_path / "out"
@@ -251,5 +266,6 @@ def test_forms_follow_the_recipe() -> None:
     assert forms_for(load_recipe("int4_svdquant")) == ["fp16", "branch", "fold"]
     assert forms_for(load_recipe("int4_w4a8")) == forms_for(load_recipe("int4_w4only")) == ["fp16", "int8"]
     assert forms_for(load_recipe("int4_svdquant"), ("fold",)) == ["fp16", "fold"]
-    with pytest.raises(UsageError, match="branch: the forms of a recipe without low-rank branches are fp16, int8"):
+    assert forms_for(load_recipe("int4_w4a8"), ("int8", "mlp")) == ["fp16", "mlp", "int8"]
+    with pytest.raises(UsageError, match="branch: the forms of a recipe without low-rank branches are fp16, mlp, int8"):
         forms_for(load_recipe("int4_w4a8"), ("branch",))

@@ -18,7 +18,7 @@ DEFAULT_BATCHES = (1, 8)
 
 Engine = Literal["torch", "onnxruntime", "tensorrt"]
 Peer = Literal["", "exported", "attention", "tools", "modelopt"]
-Where = Literal["shipped", "everywhere"]
+Where = Literal["shipped", "everywhere", "mlp"]
 
 # How long cells of a model take, beside those of tiny.
 SIZES = {"tiny": 1.0, "small": 1.2, "base-plus": 2.0, "large": 5.0, DEMO: 1.0}
@@ -39,7 +39,7 @@ class Row:
         peer: instead of samq's graph the one that transformers and PyTorch export: as it is, with attention as one
             operator (opset 23), through ONNX Runtime's tools, or with ModelOpt's Q/DQ.
         placement: on TensorRT, INT8 where the placement says so that samq ships for the GPU at hand, which is what a
-            user gets, or everywhere.
+            user gets, or everywhere, or in MLPs alone.
         low_rank: what becomes of low-rank branches on TensorRT.
         weights: how ONNX Runtime keeps quantized weights.
         compiled: by `torch.compile`.
@@ -72,7 +72,7 @@ def _trt(name: str, title: str, preset: str | None = None, **options: Any) -> Ro
 
 
 def _trt_quantized() -> Iterator[Row]:
-    """samq's quantized rows: first as a user gets them, then with INT8 everywhere."""
+    """samq's quantized rows: first as a user gets them, then with INT8 everywhere, then in MLPs alone."""
     for suffix, title, placement in (("", "placed", "shipped"), ("-everywhere", "INT8 everywhere", "everywhere")):
         for kind in ("w8a8", "w4a8"):
             preset = f"int{kind[1]}_{kind}"
@@ -82,6 +82,9 @@ def _trt_quantized() -> Iterator[Row]:
                 f"svdquant-{branch}{suffix}", f"int4_svdquant, {branch}, {title}", "int4_svdquant",
                 placement=placement, low_rank=branch,
             )  # fmt: skip
+    for kind in ("w8a8", "w4a8"):
+        preset = f"int{kind[1]}_{kind}"
+        yield _trt(f"{kind}-mlp", f"{preset}, INT8 in MLPs", preset, placement="mlp")
 
 
 def _ort_quantized() -> Iterator[Row]:

@@ -29,6 +29,8 @@ from samq.tools.bench_gpu.record import code_digest
 from samq.tools.bench_gpu.shells import ATTENTION, DECODERS, NAIVE, OURS, fill, shell_of
 from samq.tools.bench_gpu.subject import Subject
 
+MLPS = Placement(layers={"*": "mlp"})
+
 
 @dataclass(frozen=True)
 class AtHand:
@@ -121,7 +123,7 @@ class Graphs:
             self._canonical(row, form, batch),
             at_hand.target,
             row.low_rank,
-            placement=at_hand.placement if row.placement == "shipped" else EVERYWHERE,
+            placement={"shipped": at_hand.placement, "everywhere": EVERYWHERE, "mlp": MLPS}[row.placement],
             rewrites=REWRITES,
         )
         require_clean(lowered.model, at_hand.target)
