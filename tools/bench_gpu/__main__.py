@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", type=_cell, metavar="CELL", help="these alone, as tiny/1/trt-fp16")
     parser.add_argument("--scenes", type=count(), default=SCENES, help="held-out scenes for the demo model's masks")
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level")
-    parser.add_argument("--jobs", type=count(), default=1, help="plans built at once, which disturbs their tuning")
+    parser.add_argument(
+        "--jobs",
+        type=count(),
+        default=1,
+        help="plans built at once, which disturbs their tuning; each takes a core and up to 10 GB",
+    )
     parser.add_argument("--seconds-left", type=float, help="start nothing that is not expected to end within this time")
     parser.add_argument("--redo", action="store_true", help="measure again what is measured")
     only = parser.add_mutually_exclusive_group()
