@@ -119,6 +119,12 @@ RULES: tuple[Rule, ...] = (
         "int4-blocks", ("trt10", "trt11"), f"{_DOCS}, quantized-types-schemes.html: 64 or 128", quantizers.int4_blocks
     ),
     Rule(
+        "int4-gemm",
+        ("trt10", "trt11"),
+        f"{_DOCS}, weight-only quantization: INT4 blocks with GEMM layers alone",
+        quantizers.int4_gemm,
+    ),
+    Rule(
         "weight-matrix",
         ALL,
         "NvInfer.h, IDequantizeLayer: rooted at an IConstantLayer; 2-D to 10.6",
@@ -128,7 +134,12 @@ RULES: tuple[Rule, ...] = (
         "stored-codes", ("trt8",), "NvInfer.h of 8.6, IConstantLayer; onnxruntime issue 11535", quantizers.stored_codes
     ),
     Rule("fusable", ALL, f"{_DOCS}: Q/DQ fusion wants nothing between DequantizeLinear and MatMul", quantizers.fusable),
-    Rule("gemm-size", ALL, "INT8 tensor cores take 16 inputs and outputs or more", quantizers.gemm_size),
+    Rule(
+        "gemm-size",
+        ALL,
+        "ModelOpt 0.47, onnx/quantization/graph_utils.py: skips GEMMs with K or N below 16",
+        quantizers.gemm_size,
+    ),
     Rule(
         "shared-quantization", ALL, "samq's own: one Q/DQ for all GEMMs behind a LayerNormalization", quantizers.shared
     ),

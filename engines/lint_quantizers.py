@@ -12,6 +12,7 @@ from samq.export.graph import constant_of, int_attribute, producer
 from samq.export.tensorrt_targets import TensorRtTarget
 
 QUANTIZED = ("MatMul", "Gemm", "Conv", "ConvTranspose")  # what TensorRT fuses with a DequantizeLinear
+GEMMS = ("MatMul", "Gemm")
 SMALLEST_GEMM = 16
 
 
@@ -96,6 +97,16 @@ def int4_blocks(model: ir.Model, target: TensorRtTarget) -> Findings:
             yield str(node.name), f"blocks of {size} do not divide axis {axis} of {codes.shape}"
         elif isinstance(last, int) and last % 2:
             yield str(node.name), f"INT4 is packed in pairs along the last axis, and {last} is odd"
+
+
+def int4_gemm(model: ir.Model, target: TensorRtTarget) -> Findings:
+    for node in _quantizers(model):
+        codes = node.inputs[0]
+        if codes is None or codes.dtype != ir.DataType.INT4:
+            continue
+        for user in node.outputs[0].consumers():
+            if user.op_type not in GEMMS:
+                yield str(node.name), f"{user.op_type} takes no INT4 weights; {' and '.join(GEMMS)} do"
 
 
 def weight_matrix(model: ir.Model, target: TensorRtTarget) -> Findings:

@@ -11,6 +11,7 @@ TensorRT fuses Q/DQ patterns into kernels, and only some. So each layer gets exa
 Two-level weights become their INT8 product, which is exact. Layers that read one tensor through equal scales share one
 Q/DQ. Weights are constants [K, N], with nothing between DQ and MatMul. TensorRT 8.6 takes weights as float32 constants
 in front of Q → DQ of one scale; (code · scale) / scale rounds to the code, as code · scale is exact in float32.
+FP16 may round it: where a layer gets float weights, `LoweredLayer.reason` says by how much.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from samq.export.placement import EVERYWHERE, Form, Placement
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_rewrites import rewrite
 from samq.export.tensorrt_targets import TensorRtTarget
-from samq.export.tensorrt_weights import int4_blocks, int4_weight, int8_weight, rounded_to_int8
+from samq.export.tensorrt_weights import fp16_error, int4_blocks, int4_weight, int8_weight, rounded_to_int8
 
 FLOAT = ir.DataType.FLOAT
 SMALLEST_GEMM = 16  # inputs or outputs; INT8 tensor cores take K in steps of 16 and more
@@ -59,7 +60,7 @@ class LoweredLayer:
 
     Args:
         compute: in words.
-        reason: why that is not what was asked for; empty where it is.
+        reason: why that is not what was asked for, and what FP16 rounds; empty where it is.
         branch: what became of its low-rank branch, "kept" or "folded"; empty without one.
         fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a folded branch.
     """
@@ -194,7 +195,8 @@ class _Lowering:
         if gemm.inputs is not None:
             gemm.node.replace_input_with(0, gemm.inputs.source)
         gemm.node.replace_input_with(1, writer.constant(weight, "weight"))
-        return LoweredLayer(FLOAT_GEMM, PLACED, branch="" if branch is None else "folded")
+        reason = PLACED + _rounding(weight, "the weights")
+        return LoweredLayer(FLOAT_GEMM, reason, branch="" if branch is None else "folded")
 
     def _drop(self, branch: _LowRank) -> None:
         assert branch.sum.inputs[0] is not None
@@ -248,8 +250,16 @@ class _Lowering:
                 gemm.node.replace_input_with(1, int4_weight(writer, blocks))
                 return LoweredLayer(INT4_GEMM)
             reason = blocks
-        gemm.node.replace_input_with(1, writer.constant(gemm.weight.dequantized(), "weight"))
-        return LoweredLayer(FLOAT_GEMM, f"weights dequantized: {reason}")
+        weight = gemm.weight.dequantized()
+        gemm.node.replace_input_with(1, writer.constant(weight, "weight"))
+        product = "code · scale" if gemm.weight.zero_point is None else "(code − zero-point) · scale"
+        return LoweredLayer(FLOAT_GEMM, f"weights dequantized: {reason}{_rounding(weight, product)}")
+
+
+def _rounding(weight: NDArray[np.float32], what: str) -> str:
+    """What FP16 does to a dequantized weight, to end a reason with; nothing where it is exact."""
+    error = fp16_error(weight)
+    return f"; FP16 rounds {what} by up to {100 * error:.3g} %" if error else ""
 
 
 def _static_scale(layer: str, inputs: GemmInputs) -> float:

@@ -16,6 +16,7 @@ from samq.export.tensorrt_targets import TensorRtTarget
 FLOAT, INT8 = ir.DataType.FLOAT, ir.DataType.INT8
 INT4_MIN, INT4_MAX = -8, 7
 FP16_TINY = 2.0**-24  # smallest positive FP16 number
+FP16_NORMAL = 2.0**-14  # below it, FP16 numbers are FP16_TINY apart
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,13 @@ def rounded_to_int8(weight: NDArray[np.float64]) -> tuple[NDArray[np.int8], NDAr
     codes = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
     size = float(np.linalg.norm(weight))
     return codes, scale, float(np.linalg.norm(codes * scale.astype(np.float64) - weight)) / size if size else 0.0
+
+
+def fp16_error(weight: NDArray[np.float32]) -> float:
+    """Largest |w rounded to FP16 − w| / |w| of all weights, 0 where FP16 holds each.
+
+    A weight below `FP16_NORMAL` counts as one of that size, for FP16 may lose all of it.
+    """
+    with np.errstate(over="ignore"):
+        lost = np.abs(weight.astype(np.float16) - weight)
+    return float((lost / np.maximum(np.abs(weight), FP16_NORMAL)).max(initial=0.0))

@@ -146,6 +146,10 @@ def odd_outputs(model: ir.Model) -> None:
     codes.shape = ir.Shape([64, 63])
 
 
+def convolve(model: ir.Model) -> None:
+    node(model, GEMM).op_type = "Conv"
+
+
 def three_dimensions(model: ir.Model) -> None:
     for found in quantizers(model, 1):
         found.attributes["axis"] = ir.AttrInt64("axis", 2)
@@ -276,6 +280,7 @@ BROKEN: list[tuple[str, str, Callable[[], tuple[ir.Model, TensorRtTarget]]]] = [
     ("int4-blocks", "dequantize_weight", broken(INT4, TRT10, set_block_size)),
     ("int4-blocks", "dequantize_weight", broken(INT4, TRT10, set_block_axis)),
     ("int4-blocks", "dequantize_weight", broken(INT4, TRT10, odd_outputs)),
+    ("int4-gemm", "dequantize_weight", broken(INT4, TRT10, convolve)),
     ("weight-matrix", "MatMul", broken(PRESET, TRT8, three_dimensions)),
     ("weight-matrix", "MatMul", broken(PRESET, TRT10, computed_weight)),
     ("stored-codes", "dequantize_weight", broken(PRESET, TRT8, store_codes)),
@@ -303,6 +308,13 @@ def test_a_broken_graph_breaks_one_rule(
     found = lint(model, target)
     assert {violation.rule for violation in found} == {rule}
     assert found[0].node.endswith(name)
+
+
+def test_int8_weights_may_be_those_of_a_convolution() -> None:
+    for target in (TRT8, TRT10):
+        model = lowered(PRESET, target)
+        convolve(model)
+        assert lint(model, target) == []
 
 
 def test_every_rule_can_be_broken() -> None:

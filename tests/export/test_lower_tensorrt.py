@@ -16,6 +16,7 @@ from test_linear import PER_TENSOR, PER_TOKEN, STATIC_S8, STATIC_U8, codes, fill
 from torch import nn
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
+from samq.engines.lint import lint
 from samq.errors import UsageError
 from samq.export.graph import LAYER_KEY, constant_of, producer, remove_unused
 from samq.export.layer_norm import write_out_layer_norms
@@ -23,6 +24,7 @@ from samq.export.linear import fill_sites
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Lowered, lower_for_tensorrt
 from samq.export.parts import float_part
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
+from samq.export.tensorrt_weights import fp16_error
 from samq.quant.inputs import InputGrid
 from samq.quant.layers import LayerCodes
 
@@ -261,6 +263,77 @@ def test_zero_points_in_the_middle_are_int4() -> None:
     assert lowered.layers["a.layer"].compute == INT4_GEMM
     found = as_written(lowered.model, {"x": tokens(128)})[0]
     assert largest_error(found, simulated(layer, tokens(128))) < HALF_ERROR
+
+
+@pytest.mark.parametrize("target", STRONG, ids=lambda target: target.name)
+def test_the_symmetric_preset_is_int4_where_blocks_divide_the_inputs(target: TensorRtTarget) -> None:
+    simulation = quantized(recipe_of("int4_w4only_sym")).model
+    lowered = lower_for_tensorrt(static_form("int4_w4only_sym", IMAGE_ENCODER), target)
+    assert lint(checked(lowered, target), target) == []
+    assert {layer.compute for layer in lowered.layers.values()} == {INT4_GEMM, FLOAT_GEMM}
+    for layer, became in lowered.layers.items():
+        weight = gemm(lowered.model, layer).inputs[1]
+        dequantize, expected = producer(weight, "DequantizeLinear"), simulation.get_submodule(layer).weight.numpy().T
+        if len(expected) % 64:
+            assert (became.compute, dequantize) == (FLOAT_GEMM, None)
+            assert f"{len(expected)} inputs are no multiple of 64" in became.reason
+            continue
+        assert (became.compute, became.reason) == (INT4_GEMM, "")
+        assert dequantize is not None
+        stored, scale, zero_point = (constant_of(value) for value in dequantize.inputs)
+        assert stored is not None
+        assert scale is not None
+        assert zero_point is not None
+        assert (stored.dtype.name, len(stored) // len(scale), zero_point.astype(int).any()) == ("int4", 64, False)
+        real = stored.astype(np.float32) * np.repeat(scale.astype(np.float32), 64, axis=0)
+        np.testing.assert_array_equal(real, expected, err_msg=layer)
+
+
+@pytest.mark.parametrize("target", STRONG, ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (codes(4, False, 64, sizes=(128, 24)), "(code − zero-point) · scale"),
+        (codes(4, True, 64, sizes=(96, 24)), "code · scale"),
+        (codes(8, True, 0, sizes=(128, 24)), "code · scale"),
+    ],
+)
+def test_the_reason_for_float_weights_says_how_much_fp16_rounds_them(
+    layer: LayerCodes, what: str, target: TensorRtTarget
+) -> None:
+    lowered = lowered_layer(layer, target)
+    exact, stored = layer.weight.dequantize().double().numpy().T, constant_of(gemm(lowered.model).inputs[1])
+    assert stored is not None
+    assert stored.dtype == np.float16
+    error = (np.abs(stored.astype(np.float64) - exact)[exact != 0] / np.abs(exact[exact != 0])).max()
+    assert 0 < error <= 2.0**-11
+    assert lowered.layers["a.layer"].reason.endswith(f"; FP16 rounds {what} by up to {100 * error:.3g} %")
+
+
+@pytest.mark.parametrize("scale", [0.125, 1.25 * 2.0**-14, 3 * 2.0**-24])  # of few bits; the last is a subnormal number
+def test_the_reason_says_nothing_of_rounding_where_fp16_holds_every_product(scale: float) -> None:
+    layer = codes(4, False, 64, sizes=(128, 24))
+    layer.weight.scales.scale[:] = scale
+    lowered = lowered_layer(layer, TRT10)
+    stored, reason = constant_of(gemm(lowered.model).inputs[1]), lowered.layers["a.layer"].reason
+    assert stored is not None
+    np.testing.assert_array_equal(stored.astype(np.float32).T, layer.weight.dequantize().numpy())
+    assert "no zero-points" in reason
+    assert "FP16" not in reason
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [
+        ([0.0, 1.0, -2.5], 0.0),
+        ([1.0, 1 + 2.0**-11, 3.0], 2.0**-11 / (1 + 2.0**-11)),  # a tie, which goes to even
+        ([2.0**-26, 0.0], 2.0**-12),  # lost, and told against FP16's smallest normal number
+        ([1.0, -1e6], np.inf),
+        ([], 0.0),
+    ],
+)
+def test_the_error_of_fp16_is_relative_to_each_weight(weight: list[float], error: float) -> None:
+    assert fp16_error(np.array(weight, np.float32)) == pytest.approx(error)
 
 
 def test_trt8_has_no_int4() -> None:

@@ -27,7 +27,7 @@ from samq.quant.config import (
 from samq.quant.yaml_lines import MAX_BYTES
 
 SINT4 = "wgts:\n  dtype: sint4\n"  # two lines to which a case adds its own
-PRESETS = "int4_svdquant, int4_w4a8, int4_w4a8_rtn, int4_w4only, int4_w4only_rtn, int8_w8a8"
+PRESETS = "int4_svdquant, int4_w4a8, int4_w4a8_rtn, int4_w4only, int4_w4only_rtn, int4_w4only_sym, int8_w8a8"
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,7 @@ def error_of(content: str | bytes) -> str:
         ("int4_w4a8_rtn", 4, True, 128, True, False, True),
         ("int4_w4only", 4, False, 64, False, True, True),
         ("int4_w4only_rtn", 4, False, 64, False, True, False),
+        ("int4_w4only_sym", 4, True, 64, False, True, True),
         ("int4_svdquant", 4, True, 128, True, False, True),
         ("int8_w8a8", 8, True, -1, False, False, True),
     ],
@@ -88,6 +89,8 @@ def test_presets_are_the_documented_ones() -> None:
     without = {"kernel_gptq": None, "scales": ScalesConfig(), "bias_correction": False}
     assert gptq.wgts.model_copy(update=without) == rtn.wgts
     assert load_recipe("int4_svdquant").wgts.low_rank == LowRankConfig(rank="auto", weighting="full")
+    usual, symmetric = load_recipe("int4_w4only"), load_recipe("int4_w4only_sym")
+    assert symmetric == usual.model_copy(update={"wgts": usual.wgts.model_copy(update={"dtype": "sint4"})})
 
 
 def test_defaults_and_shorthands() -> None:

@@ -75,6 +75,7 @@ def quantized(model: Sam2Model, recipe: Recipe, statistics: InputStatistics | No
         ("int4_w4a8_rtn", [Quantize, RoundRest], {RANGE}),
         ("int4_w4only", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int4_w4only_rtn", [Quantize, RoundRest], set()),
+        ("int4_w4only_sym", [Shift, Smooth, Quantize, RoundRest], {RANGE, HESSIAN}),
         ("int8_w8a8", [Shift, Smooth, Quantize, RoundRest], {RANGE}),
     ],
 )

@@ -45,6 +45,7 @@ LOOSE = {  # relative error of the image embedding that a format may cost on ran
     "int4_w4only": 0.12,
     "int4_w4a8_rtn": 0.35,
     "int4_w4only_rtn": 0.35,
+    "int4_w4only_sym": 0.12,
     "int8_w8a8": 0.04,
 }
 

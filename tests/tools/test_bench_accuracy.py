@@ -167,7 +167,7 @@ class TestRows:
         recipe = load_recipe(preset)
         forms = {"int4_w4a8": W4A8, "int4_w4only": W4, "int4_svdquant": BRANCH, "int8_w8a8": W8A8}
         (row,) = (row for row in ours.METHODS if row.recipe == recipe.to_yaml())
-        assert row.form == forms[preset.removesuffix("_rtn")]
+        assert row.form == forms[preset.removesuffix("_rtn").removesuffix("_sym")]
 
     def test_rows_differ_from_presets_as_their_titles_say(self) -> None:
         plain = ours.with_changes("int4_w4a8", ours.PLAIN)
@@ -190,7 +190,7 @@ class TestRows:
             assert parts[smooth] == (False, True, True)
             assert parts[f"{form}-rotation"] == parts[form]
         assert parts["w8a8-smooth-gptq"] == (True, True, True)
-        assert rotated == {"w4a8-rotation", "w4only-rotation", "w8a8-rotation"}
+        assert rotated == {"w4a8-rotation", "w4a8-rotation-alone", "w4only-rotation", "w8a8-rotation"}
 
     def test_a_config_gets_a_row(self, tmp_path: Path) -> None:
         (tmp_path / "best.yaml").write_text(load_recipe("int4_svdquant").to_yaml(), encoding="utf-8")

@@ -149,7 +149,8 @@ def test_what_engines_execute_is_what_the_lowerings_make(name: str) -> None:
     for target in TENSORRT:
         layers = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TARGETS[target]).layers
         changed = [layer for layer in layers.values() if layer.compute != FLOAT_GEMM or layer.reason]
-        assert told[target] == Counter(map(_words, changed)).most_common(1)[0][0]
+        usual = [layer for layer in changed if "no multiple" not in layer.reason]  # the small model has narrow layers
+        assert told[target] == Counter(map(_words, usual)).most_common(1)[0][0]
     on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER), weights="packed").model.graph
     (bits,) = {int_attribute(node, "bits", 0) for node in on_gpu if node.op_type == "MatMulNBits"}
     assert told["onnxruntime-cuda"] == f"INT{bits} weights, dequantized at load, FP16 GEMM"
@@ -193,7 +194,7 @@ def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypat
     answer = samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml")
     assert answer.code == 0, answer.err
     layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
-    placed = {name for name, layer in layers.items() if layer["reason"] == PLACED}
+    placed = {name for name, layer in layers.items() if layer["reason"].startswith(PLACED)}
     assert placed == {name for name in layers if name.startswith("vision_encoder.backbone.blocks.0.")}
     Path("placement.yaml").write_text("layers:\n  '*': fp32\n")
     refused(

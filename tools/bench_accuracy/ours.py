@@ -126,6 +126,7 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
         {"wgts": {"low_rank": BUDGET | {"weighting": "none"}}},
     ),
     ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
+    ("w4only-sym", "`int4_w4only_sym`: without zero-points", "int4_w4only_sym", {}),
     ("w4only-gptq", "GPTQ alone", "int4_w4only", PLAIN),
     ("w4only-smooth", "shift and smoothing alone", "int4_w4only", ROUNDED),
     ("w4only-rotation", "`int4_w4only` with rotation", "int4_w4only", {"rotation": {"enabled": True}}),
