@@ -1,4 +1,4 @@
-"""The sign fold for bimodal keys: Bimodal Integration of PTQ4SAM (Lv et al., arXiv 2405.03144, section 3.2).
+"""The sign fold for bimodal keys: Bimodal Integration of PTQ4SAM (Lv et al., arXiv 2405.03144).
 
     Q Kᵀ = (Q diag(γ)) (K diag(γ))ᵀ,   γ_j = 1 where mean(K_:j) ≥ 0, else −1
 
