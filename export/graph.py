@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 LAYER_KEY = "samq.layer"
 ROLE_KEY = "samq.role"
 PRECISION_KEY = "samq.precision"  # of nodes that FP16 spoils: "float32"
+PAD_VALUE = 2  # input of Pad
 REGROUPING = ("Reshape", "Squeeze", "Unsqueeze")  # move no element, but the borders between axes
 
 
@@ -105,6 +106,19 @@ def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """Integer attribute of a node."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
+
+
+def pads_with_a_constant(pad: ir.Node) -> bool:
+    """What a Pad fills up with is one value, known or not."""
+    mode = pad.attributes.get("mode")
+    return mode is None or mode.as_string() == "constant"
+
+
+def pads_with_zeros(pad: ir.Node) -> bool:
+    """What a Pad fills up with is known to be zero."""
+    given = pad.inputs[PAD_VALUE] if len(pad.inputs) > PAD_VALUE else None
+    filling = constant_of(given)
+    return pads_with_a_constant(pad) and (given is None or (filling is not None and not filling.any()))
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from samq.export.fuse_attention import Rewrite
-from samq.export.graph import Writer, constant_of, remove_unused, replace_value
+from samq.export.graph import Writer, constant_of, pads_with_a_constant, remove_unused, replace_value
 
 MOST_AXES = 4  # of the fast kernel
 
@@ -28,7 +28,7 @@ def pad_planes(model: ir.Model) -> Rewrite:
     count, refused = 0, []
     for pad in [node for node in model.graph if node.op_type == "Pad" and not node.domain]:
         value, pads = pad.inputs[0], constant_of(pad.inputs[1])
-        if value is None or value.shape is None or pads is None or len(pad.inputs) > 3 or _mode(pad) != "constant":
+        if value is None or value.shape is None or pads is None or len(pad.inputs) > 3 or not pads_with_a_constant(pad):
             refused.append(f"{pad.outputs[0].name}: paddings that are not known, or with more than one value")
             continue
         shape = value.shape
@@ -37,18 +37,14 @@ def pad_planes(model: ir.Model) -> Rewrite:
         if not grown or (first == len(shape) - 2 and len(shape) <= MOST_AXES):
             continue
         sides = [side for side in shape[first:] if isinstance(side, int)]
-        if grown[-1] > first + 1 or len(sides) < len(shape) - first:
+        unknown_outside = sum(not isinstance(side, int) for side in shape[:first])
+        if grown[-1] > first + 1 or len(sides) < len(shape) - first or unknown_outside > 1:
             refused.append(f"{pad.outputs[0].name}: other axes grow than two neighbouring ones of known sides")
             continue
         _as_planes(Writer(model.graph, pad, str(pad.name)), pad, shape[:first], sides, pads)
         count += 1
     remove_unused(model)
     return Rewrite("pad_planes", count, tuple(refused))
-
-
-def _mode(pad: ir.Node) -> str:
-    mode = pad.attributes.get("mode")
-    return "constant" if mode is None else mode.as_string()
 
 
 def _as_planes(

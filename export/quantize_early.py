@@ -9,10 +9,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from samq.export.fuse_attention import Rewrite
-from samq.export.graph import constant_of, remove_unused
+from samq.export.graph import PAD_VALUE, constant_of, pads_with_zeros, remove_unused
 
 MOVES = ("Reshape", "Transpose", "Slice", "Pad")
-PAD_VALUE = 2  # input of Pad
 
 
 def quantize_early(model: ir.Model) -> Rewrite:
@@ -34,15 +33,7 @@ def _move_in_front(quantize: ir.Node) -> ir.Node | None:
     move = None if value is None else value.producer()
     if value is None or move is None or move.op_type not in MOVES or len(value.uses()) > 1 or value.is_graph_output():
         return None
-    return move if move.op_type != "Pad" or _fills_with_zeros(move) else None
-
-
-def _fills_with_zeros(pad: ir.Node) -> bool:
-    mode = pad.attributes.get("mode")
-    given = pad.inputs[PAD_VALUE] if len(pad.inputs) > PAD_VALUE else None
-    filling = None if given is None else constant_of(given)
-    is_constant = mode is None or mode.as_string() == "constant"
-    return is_constant and (given is None or (filling is not None and not filling.any()))
+    return move if move.op_type != "Pad" or pads_with_zeros(move) else None
 
 
 def _exchange(graph: ir.Graph, move: ir.Node, quantize: ir.Node) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from samq.export.graph import Writer, constant_of, int_attribute, remove_unused, replace_value
+from samq.export.graph import Writer, constant_of, int_attribute, pads_with_zeros, remove_unused, replace_value
 from samq.export.merge_windows import merge_windows
 from samq.export.pad_heads import pad_heads
 from samq.export.split_projections import split_projections
@@ -123,7 +123,7 @@ def _axes(reduce: ir.Node) -> list[int] | None:
 
 def _as_concat(writer: Writer, node: ir.Node) -> ir.Value | None:
     value, padding = node.inputs[0], constant_of(node.inputs[1])
-    if value is None or value.shape is None or padding is None or len(node.inputs) > 3 or not _with_zeros(node):
+    if value is None or value.shape is None or padding is None or len(node.inputs) > 3 or not pads_with_zeros(node):
         return None
     sides = [side for side in value.shape if isinstance(side, int)]
     before, behind = np.split(padding, 2)
@@ -136,10 +136,3 @@ def _as_concat(writer: Writer, node: ir.Node) -> ir.Value | None:
         zeros = writer.constant(np.zeros(filling, np.float32), f"zeros_{axis}")
         value = writer.node("Concat", [value, zeros], f"filled_{axis}", dtype=FLOAT, shape=ir.Shape(sides), axis=axis)
     return value
-
-
-def _with_zeros(pad: ir.Node) -> bool:
-    mode = pad.attributes.get("mode")
-    filling = constant_of(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else None
-    unknown = len(pad.inputs) > 2 and pad.inputs[2] is not None and filling is None
-    return (mode is None or mode.as_string() == "constant") and not unknown and (filling is None or not filling.any())

@@ -30,6 +30,7 @@ CASES = {
 REFUSED = {
     "axes that are no neighbours": ("0, 0, 0, 0, 1, 0, 1, 0", "2, 4, 5, 3"),
     "a side that is not known": ("0, 0, 0, 0, 0, 1, 1, 0", "2, 4, n, 3"),
+    "two sides in front that are not known": ("0, 0, 0, 0, 0, 0, 0, 1, 1, 0", "n, m, 4, 5, 3"),
 }
 
 
