@@ -115,11 +115,11 @@ def ask_for_types(
         exact = {layer.name, *nodes_in(layer.metadata)} & set(float32)
         missing -= exact
         floats = [i for i in range(layer.num_outputs) if _is_float(api, layer, i)]
-        if layer.type in typed or layer.name in their_operands or not floats or not (exact or half):
+        if layer.type in typed or not floats or not (exact or (half and layer.name not in their_operands)):
             continue
         if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
             wanted = api.DataType.FLOAT if exact else api.DataType.HALF
-            if layer.name not in products:
+            if exact or layer.name not in products:
                 layer.precision = wanted
             for output in floats:
                 tensor: trt.ITensor = layer.get_output(output)

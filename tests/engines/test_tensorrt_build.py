@@ -127,6 +127,8 @@ def test_products_of_integers_choose_their_arithmetic(trt: Simulation, onnx: Pat
     weak, half = trt.version == "8.6.0", trt.DataType.HALF
     assert trt.values("ILayer.precision") == ([half] * 2 if weak else [])
     assert trt.values("ILayer.set_output_type") == ([(0, half)] * 3 if weak else [])
+    build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, float32=("a.qkv/MatMul", "broadcast")))
+    assert trt.values("ILayer.precision")[2:] == ([trt.DataType.FLOAT] * 2 + [half] * 2 if weak else [])
 
 
 def test_a_static_graph_has_no_profile(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
