@@ -201,7 +201,7 @@ class Smooth(Pass):
                 work.statistics[layer].rescale(1 / factors)
                 work.note(layer).remark(f"inputs smoothed (alpha {alpha:g}), folded into {site.source}")
             touched.extend(readers)
-        reasons = obstacles(work.model)
+        reasons = {} if self.multiply else obstacles(work.model)
         for plan in stacked(plan for name, plan in work.plans.items() if name not in touched):
             if not self.multiply:
                 for layer in plan.members:

@@ -12,6 +12,7 @@ from transformers import Sam2Model
 
 from samq.calib.block_walk import BlockWalk
 from samq.calib.calibrate import calibrate, histograms
+from samq.calib.float32 import without_tf32
 from samq.calib.parts import MASK_DECODER, PARTS, ImageEncoder, MaskDecoder
 from samq.calib.prompts import clicks, grid
 from samq.calib.spool import CPU_BUDGET, Spool
@@ -146,7 +147,7 @@ def _run(step: Pass, work: Work) -> None:
 
 
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@without_tf32()
 def _probe(model: Sam2Model) -> tuple[Tensor, Tensor]:
     """The encoder's embedding [1, C, h, w] of fixed noise, and the decoder's masks [1, 1, M, 4h, 4w] at its middle.
 

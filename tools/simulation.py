@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,23 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import Sam2Model
 
+from samq.calib.float32 import without_tf32
 from samq.calib.parts import DECODER_INPUTS, DECODER_OUTPUTS, ENCODER_INPUTS, ENCODER_OUTPUTS, ImageEncoder, MaskDecoder
 from samq.engines.base import Arrays
 from samq.engines.predictor import Predictor
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Float32 as it is written, also on GPUs that would round the operands of matrix products and convolutions."""
-    kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
-    for kind in kinds:
-        kind.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for kind, allowed in zip(kinds, before, strict=True):
-            kind.allow_tf32 = allowed
 
 
 class TorchPart:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import Sam2Model
 
+from samq.calib.float32 import without_tf32
 from samq.calib.parts import ENCODER_INPUTS, ImageEncoder
 from samq.engines.base import Arrays, Engine
 from samq.engines.onnxruntime_cuda import CudaOptions
@@ -38,7 +39,6 @@ from samq.tools.bench_gpu.code import digest_of
 from samq.tools.bench_gpu.onnxruntime_cell import EMBEDDINGS, RUNS
 from samq.tools.bench_gpu.subject import Pixels
 from samq.tools.metrics import likeness
-from samq.tools.simulation import without_tf32
 
 WARM_UPS = 20
 CELL = "samq.tools.bench_gpu.onnxruntime_cell"
