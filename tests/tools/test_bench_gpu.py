@@ -276,6 +276,8 @@ def test_masks_are_compared_last_and_once(start: Start) -> None:
     stand, kept = start(rows, {"trt-w8a8": ValueError("no plan")}, models=[DEMO], redo=True)
     assert stand.measured == [OUR_FP16, f"{OUR_FP16}, masks"]
     assert "masks" not in kept["demo/1/trt-w8a8"]
+    assert start(rows, models=[DEMO], built=True, unbuilt=rows)[0].measured == []
+    assert start(rows, models=[DEMO], deadline=time.monotonic() - 1)[0].measured == []
 
 
 def test_nothing_is_started_that_cannot_end(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

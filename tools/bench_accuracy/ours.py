@@ -32,15 +32,19 @@ OFF = {"enabled": False}
 PLAIN: Changes = {"shift": OFF, "smooth": OFF}
 ROUNDED: Changes = {"wgts": {"kernel_gptq": None}}
 GPTQ: Changes = {"wgts": {"kernel_gptq": {}}}
-BUDGET: dict[str, Any] = {"rank": "auto", "max_overhead": 0.027}  # of int4_svdquant's branches
 
 
 def with_changes(preset: str, changes: Changes) -> Recipe:
-    """A preset in which some keys differ."""
-    values = load_recipe(preset).model_dump()
-    for section, keys in changes.items():
-        values[section] |= keys
-    return Recipe.model_validate(values)
+    """A preset in which some keys differ, those of sections within sections too."""
+    return Recipe.model_validate(_merged(load_recipe(preset).model_dump(), changes))
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, change in changes.items():
+        inner = values.get(key)
+        merged[key] = _merged(inner, change) if isinstance(inner, dict) and isinstance(change, Mapping) else change
+    return merged
 
 
 def form_of(recipe: Recipe) -> str:
@@ -117,13 +121,13 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
         "svdquant-compensate",
         "`int4_svdquant` with `compensate`",
         "int4_svdquant",
-        {"wgts": {"low_rank": BUDGET | {"weighting": "full", "compensate": True}}},
+        {"wgts": {"low_rank": {"compensate": True}}},
     ),
     (
         "svdquant-plain",
         "`int4_svdquant` with plain SVD",
         "int4_svdquant",
-        {"wgts": {"low_rank": BUDGET | {"weighting": "none"}}},
+        {"wgts": {"low_rank": {"weighting": "none"}}},
     ),
     ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
     ("w4only-sym", "`int4_w4only_sym`: without zero-points", "int4_w4only_sym", {}),
