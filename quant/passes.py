@@ -33,6 +33,7 @@ from samq.quant.rotate import rotate_inputs, rotate_values
 from samq.quant.rounding import Rounded, ToRound, round_layers, together
 from samq.quant.scales import choose_scales
 from samq.quant.shift import fold_offset, middle
+from samq.quant.side_by_side import side_by_side
 from samq.quant.sites import FoldSite, fold_sites, linear_at, obstacles
 from samq.quant.smooth import fold_scale, magnitudes, multiply_inputs, smoothing_factors
 from samq.quant.smooth_search import best_alpha
@@ -311,13 +312,17 @@ class ChooseRanks(Pass):
         """Give every layer that is left a choice its rank; zero is one."""
         names = [name for name in work.plans if work.recipe.of_layer(name).auto_rank]
         stacks = stacked(work.plans[name] for name in names)
-        weights = [torch.cat([self._weighed(name, work) for name in stack.members]) for stack in stacks]
-        candidates = [Candidate(energies(weight), sum(weight.shape)) for weight in weights]
+        device = next(work.model.parameters()).device
+        candidates = side_by_side(lambda stack: self._candidate(stack, work), stacks, device)
         budget = sum(branch_allowance(work.plans[name].fp16_bytes, work.recipe.of_layer(name)) for name in names)
         for stack, rank in zip(stacks, share_out(candidates, budget), strict=True):
             for name in stack.members:
                 work.plans[name] = with_rank(work.plans[name], rank, work.recipe)
         return names
+
+    def _candidate(self, stack: LayerPlan, work: Work) -> Candidate:
+        weight = torch.cat([self._weighed(name, work) for name in stack.members])
+        return Candidate(energies(weight), sum(weight.shape))
 
     def _weighed(self, name: str, work: Work) -> Tensor:
         """A layer's weight [N, K] in float64, ‖ ‖² of which is the relative output error that rounding leaves."""

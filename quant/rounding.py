@@ -19,6 +19,7 @@ from samq.quant.grids import QuantizedWeight, round_to_grid
 from samq.quant.low_rank import MAX_ROUNDS, LowRank, compensated, input_root, truncated_svd
 from samq.quant.plan import LayerPlan, grid_of
 from samq.quant.scales import choose_scales
+from samq.quant.side_by_side import side_by_side
 
 Method = Generator[Tensor, QuantizedWeight, tuple[LowRank | None, QuantizedWeight]]
 """Yields weights [N, K] that are sent back quantized; returns the branch and the codes beside it."""
@@ -80,22 +81,32 @@ def together(plans: Iterable[LayerPlan], recipe: Recipe, device: torch.device) -
 
 def round_layers(layers: Sequence[ToRound]) -> list[Rounded]:
     """Round layers of one shape, group size and recipe at once; those that are done go along until the last one is."""
-    factors = [_factor(layer) for layer in layers]
+    device = layers[0].weight.device
+    factors = side_by_side(_factor, layers, device)
     methods = [_method(layer) for layer in layers]
-    residuals = [next(method) for method in methods]
-    done: dict[int, Rounded] = {}
-    while len(done) < len(layers):
-        codes = _codes(layers, factors, residuals)
-        for index in range(len(layers)):
-            if index in done:
+    asked = dict(enumerate(side_by_side(next, methods, device)))  # weights to be quantized, of those that are not done
+    weights, done = list(asked.values()), dict[int, Rounded]()
+    while asked:
+        codes = _codes(layers, factors, weights)
+        told = [(methods[index], codes[index]) for index in asked]
+        for index, answer in zip(list(asked), side_by_side(_answer, told, device), strict=True):
+            if isinstance(answer, Tensor):
+                asked[index] = weights[index] = answer
                 continue
-            try:
-                residuals[index] = methods[index].send(codes[index])
-            except StopIteration as end:
-                branch, weight = end.value
-                factor = factors[index]
-                done[index] = Rounded(weight, branch, None if factor is None else factor.damping)
+            del asked[index]
+            (branch, weight), factor = answer, factors[index]
+            done[index] = Rounded(weight, branch, None if factor is None else factor.damping)
     return [done[index] for index in range(len(layers))]
+
+
+def _answer(told: tuple[Method, QuantizedWeight]) -> Tensor | tuple[LowRank | None, QuantizedWeight]:
+    """What a method that is told its codes wants quantized next, or its outcome."""
+    method, codes = told
+    try:
+        return method.send(codes)
+    except StopIteration as end:
+        outcome: tuple[LowRank | None, QuantizedWeight] = end.value
+        return outcome
 
 
 def _factor(layer: ToRound) -> Factor | None:
