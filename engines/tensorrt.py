@@ -9,6 +9,9 @@ What a plan is and what it executes can be read anywhere: `load_info` and `execu
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +43,14 @@ def build_engine(
     return build(onnx_path, plan_path, options, progress)
 
 
+def build_apart(
+    onnx_path: Path, plan_path: Path, options: BuildOptions | None = None, progress: Progress = silent
+) -> PlanInfo:
+    """`build_engine` in a process of its own, for builds at the same time: each keeps one core busy."""
+    with own_worker() as worker:
+        return worker.build(onnx_path, plan_path, options, progress)
+
+
 def refit_engine(plan_path: Path, onnx_path: Path, new_path: Path, progress: Progress = silent) -> PlanInfo:
     """See `samq.engines.tensorrt_refit.refit_engine`."""
     worker = _worker()
@@ -53,6 +64,20 @@ def open_engine(plan_path: Path, *, cuda_graph: bool | None = None) -> TensorRtE
     if worker:
         return WorkerEngine(worker, plan_path, cuda_graph=cuda_graph)
     return TensorRtEngine(plan_path, cuda_graph=cuda_graph)
+
+
+@contextmanager
+def own_worker() -> Iterator[Worker]:
+    """A TensorRT process of its own, ended at the end of the `with` block; a crash costs nobody else.
+
+    Raises:
+        MachineLacks: it cannot be started.
+    """
+    worker = Worker(os.environ.get(ANOTHER_PYTHON, sys.executable))
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
 def _worker() -> Worker | None:

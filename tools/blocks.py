@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from samq.calib.parts import IMAGE_ENCODER
 from samq.engines import tensorrt
-from samq.engines.tensorrt_plan import BuildOptions
+from samq.engines.tensorrt_plan import BuildOptions, PlanInfo
 from samq.export.lower_tensorrt import lower_for_tensorrt
 from samq.export.parts import save_part
 from samq.export.placement import Form, Placement
@@ -30,6 +29,7 @@ from samq.export.tensorrt_targets import TensorRtTarget
 
 REPEATS = 100
 Values = Mapping[str, NDArray[Any]]
+Builder = Callable[[Path, Path, BuildOptions], PlanInfo]
 
 
 @dataclass(frozen=True)
@@ -125,23 +125,35 @@ def on_cpu(graph: ir.Model, values: Values) -> NDArray[Any]:
     return found
 
 
-def on_tensorrt(block: Block, values: Values) -> Run:
-    """Build a block and run it on the GPU at hand.
+def build(block: Block, folder: Path, builder: Builder) -> Path:
+    """The plan of a block.
+
+    Args:
+        builder: `samq.engines.tensorrt.build_engine`, or `build_apart` for builds at the same time.
 
     Raises:
-        SamqError: it cannot be built or run.
+        SamqError: it cannot be built.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path, plan = Path(folder) / "block.onnx", Path(folder) / "block.plan"
-        save_part(block.graph, path)
-        tensorrt.build_engine(path, plan, block.options)
-        engine = tensorrt.open_engine(plan)
-        try:
-            feeds = feeds_of(block.graph, values)
-            (output,) = engine.run(feeds).values()
-            return Run(engine.time(feeds, REPEATS), output)
-        finally:
-            engine.close()
+    path = folder / f"{block.name}.onnx"
+    plan = path.with_suffix(".plan")
+    save_part(block.graph, path)
+    builder(path, plan, block.options)
+    return plan
+
+
+def run(block: Block, plan: Path, values: Values) -> Run:
+    """Run the plan of a block on the GPU at hand.
+
+    Raises:
+        SamqError: it cannot be run.
+    """
+    engine = tensorrt.open_engine(plan)
+    try:
+        feeds = feeds_of(block.graph, values)
+        (output,) = engine.run(feeds).values()
+        return Run(engine.time(feeds, REPEATS), output)
+    finally:
+        engine.close()
 
 
 def feeds_of(graph: ir.Model, values: Values) -> dict[str, NDArray[Any]]:

@@ -395,6 +395,13 @@ def bench(**options: Any) -> None:
     metavar="LIST",
     help="Rewrites of the graph to leave out, to see what they gain, such as split_qkv,pair_max.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Blocks built at once, which takes a core and some GB each; they are timed one by one.",
+)
 @click.option("--eval-data", help="Take the image that blocks see from here.  [default: the job's images]")
 @_builder
 @_output
@@ -428,6 +435,7 @@ def place(**options: Any) -> None:
         without=[name.strip() for name in options["without"].split(",") if name.strip()],
         options=with_timings(BuildOptions.from_json(chosen), timings, reporter),
         budget=options["budget"] / 100,
+        jobs=options["jobs"],
         eval_data=None if options["eval_data"] is None else absolute(options["eval_data"]),
     )
     if options["as_json"]:

@@ -7,9 +7,13 @@ block's than its graph, computed on the CPU, explains: beyond that there is FP16
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +29,7 @@ from samq.export.placement import MOST_EXACT_FIRST, Figure, Figures, Form, Place
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.quant.config import Recipe, load_recipe
-from samq.tools.blocks import Block, Values, float_tokens, lowered_blocks, on_cpu, on_tensorrt
+from samq.tools.blocks import Block, Values, build, float_tokens, lowered_blocks, on_cpu, run
 from samq.tools.job import Job, open_evaluation
 from samq.tools.metrics import relative_error
 from samq.tools.outdir import OutputDir
@@ -34,6 +38,15 @@ from samq.tools.targets import target_at_hand
 
 HALF_ERROR = 5e-3  # relative; what FP16 may do to the output of one block
 MARGIN = 1.1  # codes that flip with the last bits of FP16 may add to the quantization's own error
+
+
+class Seen(NamedTuple):
+    """A block in one form: its name, the digest of what takes the same time, and the relative error of its graph."""
+
+    name: str
+    form: Form
+    digest: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Place:
         rewrites: of the graph, see `samq.export.tensorrt_rewrites`.
         options: of the builder.
         budget: see `samq.export.placement.fastest`.
+        jobs: blocks built at once; each is timed with the GPU to itself.
     """
 
     onnx: Path
@@ -59,6 +73,7 @@ class Place:
     rewrites: Collection[str]
     options: BuildOptions
     budget: float = 0.0
+    jobs: int = 1
 
     def run(self, pixels: NDArray[np.float32], path: Path, reporter: Reporter) -> Placement:
         """Measure what the file at `path` does not hold yet; what is measured stands there at once.
@@ -78,22 +93,49 @@ class Place:
             if figure.milliseconds is not None
         }
         values = float_tokens(self.onnx, pixels)
-        blocks: Figures = {}
+        seen: list[Seen] = []
         for form in self.forms:
-            for block in lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options):
-                error = relative_error(on_cpu(block.graph, values), values[block.output])
-                is_new = block.digest not in known
-                if is_new:
-                    known[block.digest] = _measured(block, form, values, error)
-                    reporter.say(f"{block.name} {form}: {told(known[block.digest])}")
-                figure = known[block.digest].model_copy(update={"error": float(f"{error:.3g}")})
-                blocks.setdefault(block.name, {})[form] = figure
-                if is_new:
-                    kept = {name: {**earlier.get(name, {}), **blocks.get(name, {})} for name in earlier | blocks}
-                    self._fastest(blocks).model_copy(update={"blocks": kept}).save(path)
-        placement = self._fastest(blocks)
+            lowered = list(lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options))
+            errors = [relative_error(on_cpu(block.graph, values), values[block.output]) for block in lowered]
+            seen += [Seen(block.name, form, block.digest, error) for block, error in zip(lowered, errors, strict=True)]
+            new: dict[str, tuple[Block, float]] = {}
+            for block, error in zip(lowered, errors, strict=True):
+                if block.digest not in known:
+                    new.setdefault(block.digest, (block, error))
+            for block, figure in self._measured(list(new.values()), form, values):
+                known[block.digest] = figure
+                reporter.say(f"{block.name} {form}: {told(figure)}")
+                found = figures_of(seen, known)
+                kept = {name: {**earlier.get(name, {}), **found.get(name, {})} for name in earlier | found}
+                self._fastest(found).model_copy(update={"blocks": kept}).save(path)
+        placement = self._fastest(figures_of(seen, known))
         placement.save(path)
         return placement
+
+    def _measured(
+        self, blocks: Sequence[tuple[Block, float]], form: Form, values: Values
+    ) -> Iterator[tuple[Block, Figure]]:
+        """Figures of blocks: as many as `jobs` are built at once, and then timed one after the other.
+
+        Args:
+            blocks: each with the relative error of what its graph computes.
+
+        Raises:
+            SamqError: one fails in FP16, without which there is nothing to compare with.
+        """
+        for start in range(0, len(blocks), self.jobs):
+            batch = blocks[start : start + self.jobs]
+            with tempfile.TemporaryDirectory() as folder:
+                plans = self._plans([block for block, _ in batch], Path(folder))
+                for (block, error), plan in zip(batch, plans, strict=True):
+                    yield block, _figure(block, plan, form, values, error)
+
+    def _plans(self, blocks: Sequence[Block], folder: Path) -> list[Callable[[], Path]]:
+        """For each block what gives its plan, or raises what its build raised."""
+        if self.jobs == 1:
+            return [partial(build, block, folder, tensorrt.build_engine) for block in blocks]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return [pool.submit(build, block, folder, tensorrt.build_apart).result for block in blocks]
 
     def _fastest(self, blocks: Figures) -> Placement:
         return fastest(blocks, self.gpu, self.tensorrt, self.budget)
@@ -122,6 +164,7 @@ def place(
     without: Collection[str] = (),
     options: BuildOptions | None = None,
     budget: float = 0.0,
+    jobs: int = 1,
     eval_data: str | None = None,
 ) -> Placement:
     """Measure the blocks of an exported job on the GPU at hand.
@@ -130,6 +173,7 @@ def place(
         path: the placement's file; what it holds already is not measured again.
         forms: to measure, none for all that differ for the job's recipe.
         without: rewrites to leave out, to see what they gain.
+        jobs: blocks built at once.
         eval_data: where to take the image from, None for the job's own evaluation or calibration images.
 
     Raises:
@@ -147,7 +191,8 @@ def place(
     chosen = forms_for(recipe, forms)
     target = target_at_hand()
     version, gpu = tensorrt.about()
-    work = Place(out.path / "onnx", target, gpu.name, version, chosen, rewrites, options or BuildOptions(), budget)
+    options = options or BuildOptions()
+    work = Place(out.path / "onnx", target, gpu.name, version, chosen, rewrites, options, budget, jobs)
     return work.run(_image(out, recipe, eval_data, size), path, reporter)
 
 
@@ -184,6 +229,16 @@ def _image(out: OutputDir, recipe: Recipe, eval_data: str | None, size: int) -> 
     processor = SamProcessor.from_checkpoint(out.path / "weights", size)
     (sample,) = take(source, 1, job.seed)
     return processor(sample.image).pixel_values[None]
+
+
+def figures_of(seen: Iterable[Seen], known: Mapping[str, Figure]) -> Figures:
+    """What is known of blocks, by digest, each with an error of its own."""
+    blocks: Figures = {}
+    for block in seen:
+        if block.digest in known:
+            own = known[block.digest].model_copy(update={"error": float(f"{block.error:.3g}")})
+            blocks.setdefault(block.name, {})[block.form] = own
+    return blocks
 
 
 def forms_for(recipe: Recipe, asked: Collection[Form] = ()) -> list[Form]:
@@ -240,26 +295,27 @@ def _cell(figure: Figure | None) -> str:
     return f"{figure.milliseconds:.4f} ({figure.error:.2g})" + (" refused" if figure.refused else "")
 
 
-def _measured(block: Block, form: Form, values: Values, error: float) -> Figure:
+def _figure(block: Block, plan: Callable[[], Path], form: Form, values: Values, error: float) -> Figure:
     """Time of a block, or why there is none.
 
     Args:
+        plan: gives the block's plan, or raises what its build raised.
         error: relative error of what the block's graph computes.
 
     Raises:
         SamqError: it fails in FP16, without which there is nothing to compare with.
     """
     try:
-        run = on_tensorrt(block, values)
+        found = run(block, plan(), values)
     except SamqError as failure:
         if form == "fp16":
             raise
         return Figure(refused=str(failure), structure=block.digest)
-    executed, most = relative_error(run.output, values[block.output]), MARGIN * error + HALF_ERROR
+    executed, most = relative_error(found.output, values[block.output]), MARGIN * error + HALF_ERROR
     fits = executed <= most  # which NaN is not
     return Figure(
-        milliseconds=round(run.median, 4),
-        spread=round(run.spread, 4),
+        milliseconds=round(found.median, 4),
+        spread=round(found.spread, 4),
         refused="" if fits else f"its error is {executed:.3g}, and quantization explains {most:.3g}",
         structure=block.digest,
     )

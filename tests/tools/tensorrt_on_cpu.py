@@ -62,6 +62,7 @@ class TensorRtOnCpu:
         """Put it in TensorRT's place."""
         monkeypatch.setattr(tensorrt, "about", lambda: (VERSION, H100))
         monkeypatch.setattr(tensorrt, "build_engine", self.build_engine)
+        monkeypatch.setattr(tensorrt, "build_apart", self.build_engine)
         monkeypatch.setattr(tensorrt, "open_engine", self.open_engine)
         monkeypatch.setattr(tensorrt, "refit_engine", self.refit_engine)
         return self

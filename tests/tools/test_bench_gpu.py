@@ -25,6 +25,7 @@ from small_model import IMAGE_SIZE, pixels, relative
 from samq.calib.parts import ENCODER_OUTPUTS, ImageEncoder
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import Sample
+from samq.engines import tensorrt
 from samq.engines.lint import lint
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.onnxruntime_cuda import (
@@ -507,17 +508,16 @@ def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
     """Also by rows that are built at the same time."""
     built: list[Path] = []
 
-    class OneWorker:
-        def build(self, _: Path, plan: Path, options: BuildOptions) -> None:
-            time.sleep(0.05)
-            built.append(plan)
-            plan.touch()
+    def build_apart(_: Path, plan: Path, options: BuildOptions) -> None:
+        time.sleep(0.05)
+        built.append(plan)
+        plan.touch()
 
     def info(plan: Path) -> None:
         if not plan.exists():
             raise BadInput(f"{plan} is missing")
 
-    monkeypatch.setattr(runtimes, "_worker", lambda: contextlib.nullcontext(OneWorker()))
+    monkeypatch.setattr(tensorrt, "build_apart", build_apart)
     monkeypatch.setattr(runtimes, "load_info", info)
     for name in ("one", "same", "other"):
         (tmp_path / name).write_bytes(b"1" if name != "other" else b"2")

@@ -139,6 +139,27 @@ def test_an_interrupted_measurement_goes_on(exported: Path, tmp_path: Path, monk
     assert len(machine.built) == 2 * builds
 
 
+def test_blocks_built_at_once_are_timed_one_by_one(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five blocks three, then two; none is timed before all of its batch are built."""
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+    one_by_one = placed(exported, tmp_path / "one.yaml")
+    at_each_run: list[int] = []
+
+    def clock(graph: onnx.GraphProto) -> float:
+        at_each_run.append(len(machine.built))
+        return int8_wins(graph)
+
+    machine = TensorRtOnCpu(clock).install(monkeypatch)
+    assert placed(exported, tmp_path / "three.yaml", "--jobs", 3) == one_by_one
+    assert at_each_run[:10] == [3, 3, 3, 5, 5, 8, 8, 8, 10, 10]
+    assert len(at_each_run) == len(machine.built)
+    machine.refuses = lambda graph: quantizers(graph) > 0 and block_of(graph) == BLOCKS[3]
+    refusing = placed(exported, tmp_path / "refusing.yaml", "--jobs", 3)
+    assert "no implementation" in refusing.blocks[BLOCKS[3]]["fold"].refused
+
+
 def test_what_another_gpu_measured_is_not_overwritten(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

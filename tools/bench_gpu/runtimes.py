@@ -6,7 +6,6 @@ import copy
 import gc
 import hashlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,12 @@ from transformers import Sam2Model
 
 from samq.calib.float32 import without_tf32
 from samq.calib.parts import ENCODER_INPUTS, ImageEncoder
+from samq.engines import tensorrt
 from samq.engines.base import Arrays, Engine
 from samq.engines.onnxruntime_cuda import CudaOptions
 from samq.engines.predictor import Predictor
-from samq.engines.tensorrt_log import ANOTHER_PYTHON
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, executed_layers, load_info
-from samq.engines.tensorrt_process import Worker, WorkerEngine
+from samq.engines.tensorrt_process import WorkerEngine
 from samq.errors import BadInput, MachineLacks, SamqError
 from samq.files import sha256_of
 from samq.tools.bench_gpu.code import digest_of
@@ -173,16 +172,6 @@ def _told_of(command: Sequence[str], longest: float) -> dict[str, Any]:
     raise kind(reason if known else f"ONNX Runtime's process ended with status {done.returncode} at: {last} ({reason})")
 
 
-@contextmanager
-def _worker() -> Iterator[Worker]:
-    """A TensorRT process of its own, so that builds run side by side and a crash costs one cell."""
-    worker = Worker(os.environ.get(ANOTHER_PYTHON, sys.executable))
-    try:
-        yield worker
-    finally:
-        worker.close()
-
-
 def plan_of(onnx: Path, folder: Path, options: BuildOptions) -> Path:
     """Where the plan of a graph is kept: one for the same graph, options and code."""
     how = hashlib.sha256(f"{options} {digest_of(BUILDER_CODE)}".encode()).hexdigest()
@@ -207,8 +196,7 @@ def build_plan(onnx: Path, folder: Path, options: BuildOptions) -> Path:
     plan = plan_of(onnx, folder, options)
     with _BUILDING[plan]:  # two rows may have one graph
         if not is_whole(plan):
-            with _worker() as worker:
-                worker.build(onnx, plan, options)
+            tensorrt.build_apart(onnx, plan, options)
     return plan
 
 
@@ -216,7 +204,7 @@ def measure_tensorrt(plan: Path, pixels: Pixels) -> Measured:
     """A plan, launched kernel by kernel and as a CUDA graph."""
     feeds = {ENCODER_INPUTS[0]: pixels}
     info = load_info(plan)
-    with _worker() as worker:
+    with tensorrt.own_worker() as worker:
         engine = WorkerEngine(worker, plan)
         embeddings = engine.run(feeds)[EMBEDDINGS]
         times = engine.time(feeds, RUNS)
@@ -238,7 +226,7 @@ def _told(plan: Path, info: PlanInfo) -> dict[str, Any]:
 @contextmanager
 def tensorrt_predictor(encoder: Path, decoders: Mapping[int, Path]) -> Iterator[Predictor]:
     """Both parts as plans, the decoder's by points a prompt."""
-    with _worker() as worker:
+    with tensorrt.own_worker() as worker:
         by_points = {points: WorkerEngine(worker, plan) for points, plan in decoders.items()}
         yield Predictor(WorkerEngine(worker, encoder), ByPoints(by_points))
 
