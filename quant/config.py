@@ -105,6 +105,7 @@ class LowRankConfig(_Section):
         default=False,
         description="alternate SVD and quantizer while the layer's output error falls",
     )
+    max_rounds: int = Field(default=10, ge=1, le=100, description="with compensate: quantizations of a layer at most")
     shared_down: bool = False
     """One down-projection for layers that read the same tokens (`samq.quant.sites.same_inputs`), and their form."""
     max_overhead: float | None = Field(
@@ -113,7 +114,11 @@ class LowRankConfig(_Section):
         le=1,
         description="caps the rank: the branch stores at most this fraction of the layer's FP16 bytes",
     )
-    """With rank: auto, of all these layers' bytes together, for all their branches."""
+    """With rank: auto, of all these layers' bytes or FLOPs together, for all their branches."""
+    budget: Literal["bytes", "flops"] = Field(
+        default="bytes",
+        description="what rank: auto spends: stored bytes, or multiplications and additions for the calibration images",
+    )
 
     @field_validator("rank", mode="wrap")
     @classmethod

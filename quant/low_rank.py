@@ -27,7 +27,6 @@ from torch import Tensor
 from samq.quant.gptq import DAMPING_GROWTH, output_error
 from samq.quant.grids import QuantizedWeight
 
-MAX_ROUNDS = 10
 DAMPING = 0.01  # of the mean second moment; directions without inputs still count a little
 
 
@@ -124,7 +123,7 @@ def energies(weight: Tensor) -> Tensor:
 
 
 def compensated(
-    weight: Tensor, rank: int, hessian: Tensor, root: InputRoot | None = None, rounds: int = MAX_ROUNDS
+    weight: Tensor, rank: int, hessian: Tensor, root: InputRoot | None, rounds: int
 ) -> Generator[Tensor, QuantizedWeight, tuple[LowRank, QuantizedWeight]]:
     """Alternate the branch and the quantizer until the output error stops falling; the best iterate is returned.
 

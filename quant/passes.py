@@ -19,6 +19,7 @@ from transformers import Sam2Model
 from samq.calib.block_walk import BlockWalk
 from samq.calib.parts import MASK_DECODER
 from samq.calib.statistics import InputStatistics
+from samq.errors import UsageError
 from samq.quant.config import AUTO, Alpha, Recipe
 from samq.quant.folds import Folds
 from samq.quant.gptq import output_error
@@ -299,13 +300,22 @@ class RotateInputs(Pass):
 
 
 class ChooseRanks(Pass):
-    """Share the bytes of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`)."""
+    """Share bytes or FLOPs of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`).
+
+    Raises:
+        UsageError: some layers ask for a budget of bytes and some for one of FLOPs.
+    """
 
     exact = True
 
     def __init__(self, recipe: Recipe) -> None:
-        by_moments = any(own.auto_rank and own.wgts.needs_hessian for own in recipe.variants())
-        self.needs = frozenset({HESSIAN}) if by_moments else frozenset()
+        asked = [own for own in recipe.variants() if own.auto_rank]
+        budgets = {own.wgts.low_rank.budget for own in asked if own.wgts.low_rank is not None}
+        if len(budgets) > 1:
+            raise UsageError("wgts.low_rank.budget must be bytes or flops for all layers with rank: auto, not both")
+        self._in_flops = "flops" in budgets
+        by_moments = any(own.wgts.needs_hessian for own in asked)
+        self.needs = frozenset(need for need, wanted in ((HESSIAN, by_moments), (RANGE, self._in_flops)) if wanted)
 
     @torch.no_grad()
     def apply(self, work: Work) -> list[str]:
@@ -314,7 +324,11 @@ class ChooseRanks(Pass):
         stacks = stacked(work.plans[name] for name in names)
         device = next(work.model.parameters()).device
         candidates = side_by_side(lambda stack: self._candidate(stack, work), stacks, device)
-        budget = sum(branch_allowance(work.plans[name].fp16_bytes, work.recipe.of_layer(name)) for name in names)
+        # What a layer puts in: a share of its 2 K N bytes, or of as many FLOPs for each token.
+        budget = sum(
+            branch_allowance(work.plans[name].fp16_bytes, work.recipe.of_layer(name)) * self._tokens(name, work)
+            for name in names
+        )
         for stack, rank in zip(stacks, share_out(candidates, budget), strict=True):
             for name in stack.members:
                 work.plans[name] = with_rank(work.plans[name], rank, work.recipe)
@@ -322,7 +336,11 @@ class ChooseRanks(Pass):
 
     def _candidate(self, stack: LayerPlan, work: Work) -> Candidate:
         weight = torch.cat([self._weighed(name, work) for name in stack.members])
-        return Candidate(energies(weight), sum(weight.shape))
+        return Candidate(energies(weight), sum(weight.shape), self._tokens(stack.name, work))
+
+    def _tokens(self, name: str, work: Work) -> int:
+        """That the layer saw in calibration, where FLOPs are spent; at least one."""
+        return max(1, work.statistics[name].rows) if self._in_flops else 1
 
     def _weighed(self, name: str, work: Work) -> Tensor:
         """A layer's weight [N, K] in float64, ‖ ‖² of which is the relative output error that rounding leaves."""

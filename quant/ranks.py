@@ -1,13 +1,14 @@
-"""Ranks of low-rank branches under one budget of bytes for all layers (`low_rank.rank: auto`).
+"""Ranks of low-rank branches under one budget of bytes or FLOPs for all layers (`low_rank.rank: auto`).
 
 Rounding leaves an error in proportion to the energy of what is rounded, so that a branch which takes the first r
 directions of a layer, of energies σ² (see `samq.quant.low_rank.energies`), lowers its relative output error e to about
 
     e · (1 − Σ_{i ≤ r} σᵢ² / Σᵢ σᵢ²)
 
-Each direction's gain is e σᵢ² / Σ σ², its price the 2 (K + N) bytes of its factors in FP16, to which the FLOPs for a
-token are in proportion. Gains of a layer fall with i. A sum of concave functions is largest when the steps with most
-gain for their price are taken first, whatever layers they belong to (Fox, Operations Research 14(2), 1966).
+Each direction's gain is e σᵢ² / Σ σ², its price the 2 (K + N) bytes of its factors in FP16, or as many FLOPs for each
+token that the layer sees: of equal layers, one of Hiera's first stage sees 64 times the tokens of one of the last.
+Gains of a layer fall with i. A sum of concave functions is largest when the steps with most gain for their price are
+taken first, whatever layers they belong to (Fox, Operations Research 14(2), 1966).
 
 Layers that share a down-projection are one candidate: stacked, each weight times √(e / Σ σ²), they have energies that
 add up to the sum of their errors.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 RANK_STEP = 8
 """Ranks are multiples of it, for tensor cores multiply FP16 matrices in tiles whose sides are."""
-BYTES_OF_DIRECTION = 2  # per input and output channel
+PRICE = 2  # per input and output channel: bytes of an FP16 number, or a multiplication and an addition for each token
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,20 @@ class Candidate:
     Args:
         gains: [min(N, K)] error that each direction removes, never rising.
         channels: K + N.
+        tokens: that the layer sees, where FLOPs are spent; 1 for bytes.
     """
 
     gains: Tensor
     channels: int
+    tokens: int = 1
 
     def price(self, rank: int) -> int:
-        """Bytes of a branch."""
-        return BYTES_OF_DIRECTION * rank * self.channels
+        """Bytes or FLOPs of a branch."""
+        return PRICE * rank * self.channels * self.tokens
 
 
 def share_out(candidates: Sequence[Candidate], budget: int) -> list[int]:
-    """The rank of each layer, in steps of RANK_STEP, all branches within `budget` bytes.
+    """The rank of each layer, in steps of RANK_STEP, all branches within `budget`, in what prices are in.
 
     A layer whose next step is too dear gets no more, and cheaper steps of others are taken instead. Of equal steps the
     earlier layer's comes first.

@@ -16,7 +16,7 @@ from torch import Tensor
 from samq.quant.config import Recipe
 from samq.quant.gptq import Factor, factorize, gptq_together
 from samq.quant.grids import QuantizedWeight, round_to_grid
-from samq.quant.low_rank import MAX_ROUNDS, LowRank, compensated, input_root, truncated_svd
+from samq.quant.low_rank import LowRank, compensated, input_root, truncated_svd
 from samq.quant.plan import LayerPlan, grid_of
 from samq.quant.scales import choose_scales
 from samq.quant.side_by_side import side_by_side
@@ -123,7 +123,7 @@ def _method(layer: ToRound) -> Method:
     if not asked.needs_hessian or layer.hessian is None or not layer.hessian.any():
         return _beside(truncated_svd(layer.weight, rank), layer.weight)
     root = None if asked.weighting == "none" else input_root(layer.hessian, asked.weighting)
-    return compensated(layer.weight, rank, layer.hessian, root, MAX_ROUNDS if asked.compensate else 1)
+    return compensated(layer.weight, rank, layer.hessian, root, asked.max_rounds if asked.compensate else 1)
 
 
 def _beside(branch: LowRank | None, weight: Tensor) -> Method:

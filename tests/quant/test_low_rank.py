@@ -271,7 +271,7 @@ def test_compensation_keeps_the_best_iterate(
         reference = nearest if method == "rtn" else codes_of
         errors = alternated(exact, rank, reference, moments, root_of(moments, weighting))
         root = None if weighting == "none" else input_root(hessian, weighting)
-        branch, quantized = driven(compensated(weight, rank, hessian, root), quantize)
+        branch, quantized = driven(compensated(weight, rank, hessian, root, 10), quantize)
         reached = output_error(weight - branch.product() - quantized.dequantize(), hessian)
         per_round = [min(both) for both in errors]
         rounds = next((i for i in range(1, 10) if per_round[i] >= min(per_round[:i])), 10)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
+from samq.errors import UsageError
 from samq.quant.config import Recipe, preset_names
 from samq.quant.gptq import output_error
 from samq.quant.grids import round_to_grid
@@ -336,6 +337,29 @@ def test_layers_with_a_rank_of_their_own_keep_it(small_model: Sam2Model) -> None
     work = work_on_all_layers(small_model, recipe)
     assert name not in ChooseRanks(recipe).apply(work)
     assert work.plans[name].rank == 3
+
+
+def test_ranks_share_flops(small_model: Sam2Model) -> None:
+    """The budget is kept, and ranks move from layers that see many tokens to those that see few."""
+    share, tokens, per_token = 0.05, {}, []
+    for budget in ("bytes", "flops"):
+        low_rank = {"rank": "auto", "max_overhead": share, "budget": budget}
+        work = work_on_all_layers(small_model, recipe_of("int4_svdquant", wgts={"low_rank": low_rank}))
+        for name, entry in work.statistics.items():
+            entry.rows = 160 if ".blocks.0." in name or ".blocks.1." in name else 10
+        tokens = {name: entry.rows for name, entry in work.statistics.items()}
+        ChooseRanks(work.recipe).apply(work)
+        spent = {n: plan.rank * (plan.in_features + plan.out_features) for n, plan in work.plans.items()}
+        per_token.append(sum(spent[name] * tokens[name] for name in spent) / sum(spent.values()))
+    whole = sum(plan.in_features * plan.out_features * tokens[name] for name, plan in work.plans.items())
+    assert 0.8 * share * whole < sum(spent[name] * tokens[name] for name in spent) <= share * whole
+    assert per_token[1] < 0.95 * per_token[0]
+
+
+def test_one_budget_is_in_one_unit() -> None:
+    own = {"*.mlp.proj_in": {"low_rank": AUTO_RANK | {"budget": "flops"}}}
+    with pytest.raises(UsageError, match="bytes or flops for all layers"):
+        passes_for(recipe_of("int4_svdquant", wgts={"low_rank": AUTO_RANK}, layers=own))
 
 
 def test_ranks_are_chosen_after_all_folds_and_streams_rotated_before() -> None:

@@ -32,6 +32,11 @@ OFF = {"enabled": False}
 PLAIN: Changes = {"shift": OFF, "smooth": OFF}
 ROUNDED: Changes = {"wgts": {"kernel_gptq": None}}
 GPTQ: Changes = {"wgts": {"kernel_gptq": {}}}
+MSE: Changes = {"wgts": {"scales": {"method": "mse"}, "bias_correction": False}}
+P3_BIAS: Changes = {"wgts": {"scales": {"method": "p_norm", "p": 3.0}, "bias_correction": True}}
+UNCLIPPED: Changes = {"wgts": {"scales": {"method": "max", "weighted": False}}}
+MULTIPLIED: Changes = {"smooth": {"multiply": True}}
+DECODER: Changes = {"wgts": {"skip_decoder": False}}
 
 
 def with_changes(preset: str, changes: Changes) -> Recipe:
@@ -129,14 +134,46 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
         "int4_svdquant",
         {"wgts": {"low_rank": {"weighting": "none"}}},
     ),
+    ("w4a8-mse", "`int4_w4a8`, clipped by MSE, biases as they are", "int4_w4a8", MSE),
+    (
+        "w4a8-alpha",
+        "`int4_w4a8`, alpha searched",
+        "int4_w4a8",
+        {"smooth": {"alpha": "auto"}},
+    ),
+    ("w4a8-decoder", "`int4_w4a8`, mask decoder too", "int4_w4a8", DECODER),
+    (
+        "svdquant-flops",
+        "`int4_svdquant`, ranks by FLOPs",
+        "int4_svdquant",
+        {"wgts": {"low_rank": {"budget": "flops"}}},
+    ),
+    ("svdquant-p3", "`int4_svdquant`, clipped by p = 3, biases corrected", "int4_svdquant", P3_BIAS),
+    (
+        "svdquant-32",
+        "rank 32 at most in each layer, plain SVD",
+        "int4_svdquant",
+        {"wgts": {"low_rank": {"rank": 32, "weighting": "none"}}},
+    ),
     ("w4only-rtn", "`int4_w4only_rtn`: round to nearest", "int4_w4only_rtn", {}),
     ("w4only-sym", "`int4_w4only_sym`: without zero-points", "int4_w4only_sym", {}),
     ("w4only-gptq", "GPTQ alone", "int4_w4only", PLAIN),
+    ("w4only-gptq-max", "GPTQ alone, unclipped", "int4_w4only", {**PLAIN, **UNCLIPPED}),
+    ("w4only-max", "`int4_w4only`, unclipped", "int4_w4only", UNCLIPPED),
+    ("w4only-p3", "`int4_w4only`, clipped by p = 3, biases corrected", "int4_w4only", P3_BIAS),
     ("w4only-smooth", "shift and smoothing alone", "int4_w4only", ROUNDED),
     ("w4only-rotation", "`int4_w4only` with rotation", "int4_w4only", {"rotation": {"enabled": True}}),
     ("w8a8-rtn", "round to nearest", "int8_w8a8", PLAIN),
     ("w8a8-gptq", "GPTQ alone", "int8_w8a8", {**PLAIN, **GPTQ}),
     ("w8a8-smooth-gptq", "`int8_w8a8` with GPTQ", "int8_w8a8", GPTQ),
+    ("w8a8-multiply", "`int8_w8a8`, inputs multiplied where nothing absorbs", "int8_w8a8", MULTIPLIED),
+    (
+        "w8a8-multiply-max",
+        "that, and nothing clipped",
+        "int8_w8a8",
+        {**MULTIPLIED, **UNCLIPPED, "ipts": {"calibrator": "max"}},
+    ),
+    ("w8a8-decoder", "`int8_w8a8`, mask decoder too", "int8_w8a8", DECODER),
     ("w8a8-rotation", "`int8_w8a8` with rotation", "int8_w8a8", {"rotation": {"enabled": True}}),
 )
 
