@@ -131,6 +131,12 @@ RULES: tuple[Rule, ...] = (
         quantizers.weight_matrix,
     ),
     Rule(
+        "attention-product",
+        ALL,
+        "TensorRT issue 3724: no fused INT8 attention above 512 tokens, and SAM2 has 4096",
+        quantizers.attention_products,
+    ),
+    Rule(
         "stored-codes", ("trt8",), "NvInfer.h of 8.6, IConstantLayer; onnxruntime issue 11535", quantizers.stored_codes
     ),
     Rule("fusable", ALL, f"{_DOCS}: Q/DQ fusion wants nothing between DequantizeLinear and MatMul", quantizers.fusable),

@@ -118,6 +118,31 @@ def weight_matrix(model: ir.Model, target: TensorRtTarget) -> Findings:
                 yield str(node.name), "its quantized weight is no constant matrix"
 
 
+def attention_products(model: ir.Model, target: TensorRtTarget) -> Findings:
+    """Those with Q/DQ at the first operand; `weight_matrix` finds the others."""
+    for node in model.graph:
+        if node.op_type != "MatMul" or producer(node.inputs[0], "DequantizeLinear") is None:
+            continue
+        other = node.inputs[1]
+        if producer(other, "DequantizeLinear") is None and _varies(other):
+            yield str(node.name), "a product of two activations, as attention has them, with Q/DQ; leave it float"
+
+
+def _varies(value: ir.Value | None) -> bool:
+    """It depends on an input of the graph."""
+    waiting, seen = [value], set[ir.Value]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen or one.const_value is not None:
+            continue
+        seen.add(one)
+        before = one.producer()
+        if before is None:
+            return True
+        waiting += before.inputs
+    return False
+
+
 def stored_codes(model: ir.Model, target: TensorRtTarget) -> Findings:
     for node in _quantizers(model):
         if node.op_type == "DequantizeLinear" and constant_of(node.inputs[0]) is not None:

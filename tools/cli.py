@@ -207,7 +207,11 @@ _static = click.option(
 )
 _gates = _options(
     click.option("--min-relative-miou", type=click.FloatRange(0, 1), help="Exit 3 below this accuracy."),
-    click.option("--min-speedup", type=click.FloatRange(0), help="Exit 4 below this ratio to the FP32 baseline."),
+    click.option(
+        "--min-speedup",
+        type=click.FloatRange(0),
+        help="Exit 4 below this ratio to the baseline, FP32 on a CPU, FP16 on a GPU.",
+    ),
 )
 _evaluation = _options(
     click.option(

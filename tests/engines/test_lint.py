@@ -164,6 +164,14 @@ def computed_weight(model: ir.Model) -> None:
     gemm.replace_input_with(1, gemm.inputs[0])
 
 
+def product_of_activations(model: ir.Model) -> None:
+    """The weight becomes something that is computed, without Q/DQ of its own."""
+    gemm = node(model, GEMM)
+    computed = ir.node("Transpose", [quantizers(model, 0)[0].inputs[0]], name="computed")
+    model.graph.insert_before(gemm, computed)
+    gemm.replace_input_with(1, computed.outputs[0])
+
+
 def store_codes(model: ir.Model) -> None:
     codes = add_initializer(model.graph, "codes", np.ones((64, 64), np.int8))
     quantizers(model, 1)[-1].replace_input_with(0, codes)
@@ -283,6 +291,8 @@ BROKEN: list[tuple[str, str, Callable[[], tuple[ir.Model, TensorRtTarget]]]] = [
     ("int4-gemm", "dequantize_weight", broken(INT4, TRT10, convolve)),
     ("weight-matrix", "MatMul", broken(PRESET, TRT8, three_dimensions)),
     ("weight-matrix", "MatMul", broken(PRESET, TRT10, computed_weight)),
+    ("attention-product", "MatMul", broken(PRESET, TRT8, product_of_activations)),
+    ("attention-product", "MatMul", broken(PRESET, TRT10, product_of_activations)),
     ("stored-codes", "dequantize_weight", broken(PRESET, TRT8, store_codes)),
     ("fusable", "dequantize_weight", broken(PRESET, TRT8, transpose_weight)),
     ("gemm-size", "MatMul", broken(PRESET, TRT8, narrow)),

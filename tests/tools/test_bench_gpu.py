@@ -59,6 +59,7 @@ from samq.tools.metrics import likeness
 from samq.tools.simulation import torch_predictor
 
 RUN = {"command": "bench", "gpu": "A GPU", "TensorRT": "8.6.0"}
+DOCS = Path(__file__).parents[2] / "docs"
 DONE = {"ms": 2.0, "seconds": 10.0}
 EXACT = 1e-5
 TRT = [name for name, row in ROWS.items() if row.engine == "tensorrt"]
@@ -93,17 +94,21 @@ def test_only_neighbours_on_tensorrt_are_built_at_once() -> None:
 
 
 def test_expected_time_follows_what_was_seen() -> None:
+    def expected(group: list[Cell], known: dict[Cell, dict[str, Any]], *, built: bool = False) -> float:
+        return expected_seconds(group, known, built=built)
+
     large = [cell(OUR_FP16, "large")]
-    guessed = expected_seconds(large, {})
-    assert guessed > expected_seconds([cell(OUR_FP16)], {})
-    slow = {cell(NAIVE_FP16): {"ms": 1.0, "seconds": 1000.0}}
-    assert expected_seconds(large, slow) > 1000 * cells.SIZES["large"]
-    assert expected_seconds([cell("torch-eager", "large")], slow) == expected_seconds(
-        [cell("torch-eager", "large")], {}
-    )
+    guessed = expected(large, {})
+    assert guessed > expected([cell(OUR_FP16)], {})
+    slow = {cell(NAIVE_FP16): {"ms": 1.0, "seconds": 1000.0, "build_seconds": 990.0}}
+    assert expected(large, slow) > 1000 * cells.SIZES["large"]
+    assert expected([cell("torch-eager", "large")], slow) == expected([cell("torch-eager", "large")], {})
     failed = {cell(NAIVE_FP16): {"reason": "it does not build", "seconds": 1000.0}}
-    assert expected_seconds(large, failed) == guessed
-    assert expected_seconds(large * 3, {}) > guessed
+    assert expected(large, failed) == guessed
+    assert expected(large * 3, {}) > guessed
+    assert expected(large, {}, built=True) < guessed, "what is built is only measured"
+    assert 10 * cells.SIZES["large"] < expected(large, slow, built=True) < 20 * cells.SIZES["large"]
+    assert expected(large * 3, slow, built=True) == pytest.approx(3 * expected(large, slow, built=True))
 
 
 # --- the record
@@ -282,7 +287,7 @@ def test_masks_are_compared_last_and_once(start: Start) -> None:
 
 
 def test_nothing_is_started_that_cannot_end(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = expected_seconds([cell("torch-eager")], {}) + 5
+    seconds = expected_seconds([cell("torch-eager")], {}, built=False) + 5
     stand, kept = start([OUR_FP16, "torch-eager"], deadline=time.monotonic() + seconds)
     assert stand.measured == ["torch-eager"]
     assert kept.keys() == {"tiny/1/torch-eager"}
@@ -698,6 +703,12 @@ def test_the_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path.write_text(json.dumps(_content()))
     assert main(["--json", str(path), "--table"]) == 0
     assert capsys.readouterr().out == markdown(_content())
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-h200"])
+def test_the_documents_are_the_records(name: str) -> None:
+    content = read_record(DOCS / f"{name}.json")
+    assert (DOCS / f"{name}.md").read_text(encoding="utf-8") == markdown(content)
 
 
 @pytest.mark.gpu

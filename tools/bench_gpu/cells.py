@@ -23,6 +23,7 @@ Where = Literal["shipped", "everywhere", "mlp"]
 # How long cells of a model take, beside those of tiny.
 SIZES = {"tiny": 1.0, "small": 1.2, "base-plus": 2.0, "large": 5.0, DEMO: 1.0}
 GUESSED_SECONDS = {"torch": 30.0, "onnxruntime": 40.0, "tensorrt": 75.0}  # of tiny, before anything is known
+GUESSED_MEASURING = 10.0  # the same for a plan that is there
 RESERVE = 1.25  # cells vary
 OVERLAP = 0.25  # what each further cell of a group adds: its measurement, and slower builds
 
@@ -159,16 +160,21 @@ def groups(cells: Sequence[Cell], jobs: int) -> Iterator[list[Cell]]:
             yield waiting[start : start + size]
 
 
-def expected_seconds(group: Sequence[Cell], known: Mapping[Cell, Mapping[str, Any]]) -> float:
-    """How long a group will take: by the slowest of `known` with its engine, else by a guess; builds overlap."""
-    slowest = max(_seconds(cell, known) for cell in group)
-    return RESERVE * slowest * (1 + OVERLAP * (len(group) - 1))
+def expected_seconds(group: Sequence[Cell], known: Mapping[Cell, Mapping[str, Any]], *, built: bool) -> float:
+    """How long a group will take: by the slowest of `known` with its engine, else by a guess; builds overlap.
+
+    Args:
+        built: there is nothing left to build, only to measure.
+    """
+    slowest = max(_seconds(cell, known, built) for cell in group)
+    return RESERVE * slowest * (len(group) if built else 1 + OVERLAP * (len(group) - 1))
 
 
-def _seconds(cell: Cell, known: Mapping[Cell, Mapping[str, Any]]) -> float:
+def _seconds(cell: Cell, known: Mapping[Cell, Mapping[str, Any]], built: bool) -> float:
     seen = [
-        float(figures["seconds"]) / SIZES[other.model]
+        (float(figures["seconds"]) - (float(figures.get("build_seconds") or 0) if built else 0)) / SIZES[other.model]
         for other, figures in known.items()
         if other.row.engine == cell.row.engine and other.row.compiled == cell.row.compiled and "ms" in figures
     ]
-    return SIZES[cell.model] * max(seen, default=GUESSED_SECONDS[cell.row.engine])
+    guess = GUESSED_MEASURING if built and cell.row.engine == "tensorrt" else GUESSED_SECONDS[cell.row.engine]
+    return SIZES[cell.model] * max(seen, default=guess)

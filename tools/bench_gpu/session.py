@@ -111,7 +111,7 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
     due = [cell for cell in cells if settings.redo or record.is_due(cell)]
     print(f"{len(cells)} cells, {len(due)} to measure", flush=True)
     for group in groups(due, settings.jobs):
-        seconds = expected_seconds(group, record.known())
+        seconds = expected_seconds(group, record.known(), built=settings.built)
         if settings.deadline is not None and time.monotonic() + seconds > settings.deadline:
             print(f"left for later: {', '.join(c.key for c in group)}, about {seconds:.0f} s", flush=True)
             continue

@@ -14,6 +14,7 @@ from samq.tools.markdown_table import table
 Figures = Mapping[str, Any]
 
 NONE = "—"
+PRINTED = "As `python -m samq.tools.bench_gpu --json RECORD --table` prints it: not written by hand."
 COLUMNS = ("encoder", "ms", "ms, CUDA graph", "naive FP16 / this", "engine MB", "build s", "error", "simulated")
 MASK_COLUMNS = ("encoder and decoder", "scenes", "box: engines", "box: simulated", "click: engines", "click: simulated")
 LEGEND = (
@@ -30,9 +31,9 @@ MASK_LEGEND = (
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """All tables of a record, see `samq.tools.bench_gpu.record`."""
+    """All tables of a record, see `samq.tools.bench_gpu.record`, as a document."""
     cells = cells_of(content)
-    parts = [f"{LEGEND}\n"]
+    parts = [f"# Image encoders on {content['gpu']}\n", f"{PRINTED}\n", f"{LEGEND}\n"]
     for model in MODELS:
         own = {cell: figures for cell, figures in cells.items() if cell.model == model}
         for batch in sorted({cell.batch for cell in own}):
@@ -89,8 +90,9 @@ def _notes(figures: Figures) -> Sequence[str]:
     if "reason" in figures:
         return (f"none: {figures['reason']}",)
     notes = [figures["note"]] if figures.get("note") else []
+    asked = f"asks for {_counted(figures['requested'])}, " if figures.get("requested") else ""
     if figures.get("executed"):
-        notes.append(f"executes {_counted(figures['executed'])}")
+        notes.append(f"{asked}executes {_counted(figures['executed'])}")
     if figures.get("on_cpu"):
         operators = Counter(node.rpartition(" (")[2].rstrip(")") for node in figures["on_cpu"])
         notes.append(f"on the CPU {_counted(operators)}")
