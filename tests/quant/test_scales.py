@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samq.quant.grids import INT8_MAX, Grid, round_to_grid
-from samq.quant.scales import CLIP_RATIOS, FP16_TINY, as_fp16, choose_scales
+from samq.quant.scales import CHANNEL_RATIOS, CLIP_RATIOS, FP16_TINY, as_fp16, choose_scales
 
 ONE_LEVEL = {"sint4": Grid(4, True), "uint4": Grid(4, False), "sint8": Grid(8, True), "uint8": Grid(8, False)}
 TWO_LEVEL = {"sint4 two-level": Grid(4, True, True), "uint4 two-level": Grid(4, False, True)}
@@ -91,6 +91,47 @@ def test_two_levels_are_no_worse_than_plain_ones(name: str, rows: int, inputs: i
             plain[row] += (weights * (restored - group) ** 2).sum()
     assert (found <= plain * (1 + 1e-6)).all()
     assert found.sum() < 0.99 * plain.sum()
+
+
+def two_level_error(groups: list[NDArray[np.float64]], importance: list[NDArray[np.float64]], grid: Grid) -> float:
+    """The least squared error of a row: of all clippings of its groups first, then of all channel scales."""
+
+    def error(index: int, step: float, zero: float) -> float:
+        codes = np.clip(np.rint(groups[index] / step) + zero, grid.qmin, grid.qmax)
+        return float((importance[index] * ((codes - zero) * step - groups[index]) ** 2).sum())
+
+    def shrunk(values: NDArray[np.float64], ratio: float) -> tuple[float, float]:
+        low, high = min(values.min(), 0.0) * ratio, max(values.max(), 0.0) * ratio
+        step = max(-low, high) / grid.qmax if grid.signed else (high - low) / grid.qmax
+        return step, 0.0 if grid.signed else float(np.clip(np.rint(-low / step), grid.qmin, grid.qmax))
+
+    def factored(steps: list[tuple[float, float]]) -> float:
+        limits = [INT8_MAX // max(int(zero), grid.qmax - int(zero)) for _, zero in steps]
+        full = max(step / limit for (step, _), limit in zip(steps, limits, strict=True))
+        totals = []
+        for channel in (float(np.float16(full * ratio)) for ratio in CHANNEL_RATIOS):
+            total = 0.0
+            for index, ((step, zero), limit) in enumerate(zip(steps, limits, strict=True)):
+                neighbours = {min(max(f(step / channel), 1), limit) for f in (np.floor, np.ceil)}
+                total += min(error(index, size * channel, zero) for size in neighbours)
+            totals.append(total)
+        return min(totals)
+
+    candidates = [[shrunk(values, ratio) for ratio in CLIP_RATIOS] for values in groups]
+    clipped = [min(steps, key=lambda one: error(index, *one)) for index, steps in enumerate(candidates)]
+    return min(factored(clipped), factored([steps[0] for steps in candidates]))
+
+
+@pytest.mark.parametrize("name", TWO_LEVEL)
+@pytest.mark.parametrize(("rows", "inputs", "group_size"), SHAPES)
+def test_two_levels_are_the_best_of_all_candidates(name: str, rows: int, inputs: int, group_size: int) -> None:
+    grid, (weight, importance) = TWO_LEVEL[name], heavy_tailed(rows, inputs)
+    found = errors_of(weight, importance, grid, group_size, importance).sum(1)
+    starts = range(0, inputs, group_size)
+    weights_of = [importance[k : k + group_size].double().numpy() for k in starts]
+    for row in range(rows):
+        groups = [weight[row, k : k + group_size].double().numpy() for k in starts]
+        assert float(found[row]) == pytest.approx(two_level_error(groups, weights_of, grid), rel=1e-3)
 
 
 @pytest.mark.parametrize("grid", [*ONE_LEVEL.values(), *TWO_LEVEL.values()], ids=[*ONE_LEVEL, *TWO_LEVEL])

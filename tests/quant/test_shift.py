@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import outputs, relative, small_sam2
+from tiny_modules import Tiny, decoder_attention, hiera_attention, layer_norm, normal
 from torch import nn
 from transformers import Sam2Model
 
@@ -50,6 +52,32 @@ def test_a_fold_is_equation_1(seed: int) -> None:
     x = rows_of(8, seed + 1).double().numpy()
     shifted = (x - z.double().numpy()) @ weight.numpy().T + model["linear"].bias.detach().double().numpy()
     np.testing.assert_allclose(shifted, x @ weight.numpy().T + bias.numpy(), rtol=1e-5, atol=1e-4)
+
+
+KINDS: dict[str, Callable[[int, int], Tiny]] = {
+    "LayerNorm": layer_norm,
+    "values of the encoder": lambda width, seed: hiera_attention(width, 1 + seed % 3, seed),
+    "values of the decoder": lambda width, seed: decoder_attention(width, 1 + seed % 3, seed),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(width=st.integers(1, 12), seed=st.integers(0, 999))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_fold_is_exact_wherever_one_is_possible(kind: str, width: int, seed: int) -> None:
+    """In float64; and with the readers' biases as they were, another function."""
+    for readers in (True, False):
+        tiny = KINDS[kind](width, seed)
+        before = tiny.run()
+        sites = [site for site in tiny.sites if site.takes_offset]
+        assert sites
+        for index, site in enumerate(sites):
+            biases = [layer.bias.clone() for layer in site.layers_in(tiny.model)]
+            fold_offset(tiny.model, site, 1 + normal(site.rows[1] - site.rows[0], seed=10 * seed + index).abs())
+            for layer, bias in zip(site.layers_in(tiny.model), biases, strict=True) if not readers else ():
+                layer.bias.data = bias
+        change = relative(tiny.run() - before, before)
+        assert change < 1e-12 if readers else change > 1e-6
 
 
 @pytest.mark.parametrize("far", [0.1, 10.0])
