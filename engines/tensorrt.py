@@ -46,7 +46,13 @@ def build_engine(
 def build_apart(
     onnx_path: Path, plan_path: Path, options: BuildOptions | None = None, progress: Progress = silent
 ) -> PlanInfo:
-    """`build_engine` in a process of its own, for builds at the same time: each keeps one core busy."""
+    """`build_engine` in a process of its own, for builds at the same time: each keeps one core busy.
+
+    Args, results and errors are those of `build_engine`.
+
+    Raises:
+        MachineLacks: the process cannot be started, or ended before the plan was done.
+    """
     with own_worker() as worker:
         return worker.build(onnx_path, plan_path, options, progress)
 

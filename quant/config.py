@@ -402,6 +402,20 @@ class Recipe(_Section):
             self._require_form(pattern, rule)
         return self
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        own = {pattern: rule.low_rank for pattern, rule in self.layers.items()}
+        asked = {"": self.wgts.low_rank} | own
+        budgets = {pattern: one.budget for pattern, one in asked.items() if one is not None and one.rank == AUTO}
+        first = next(iter(budgets.values()), "bytes")
+        for pattern, budget in budgets.items():
+            if budget != first:
+                raise impossible(
+                    f"{budget} does not go with {first}: layers with rank: auto share one budget; give all the same",
+                    key=("layers", pattern, "low_rank"),
+                )
+        return self
+
     def _require_form(self, pattern: str, rule: LayerConfig) -> None:
         """Insist that what a rule makes of `wgts` is a form that engines run."""
         try:

@@ -19,7 +19,6 @@ from transformers import Sam2Model
 from samq.calib.block_walk import BlockWalk
 from samq.calib.parts import MASK_DECODER
 from samq.calib.statistics import InputStatistics
-from samq.errors import UsageError
 from samq.quant.config import AUTO, Alpha, Recipe
 from samq.quant.folds import Folds
 from samq.quant.gptq import output_error
@@ -300,20 +299,13 @@ class RotateInputs(Pass):
 
 
 class ChooseRanks(Pass):
-    """Share bytes or FLOPs of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`).
-
-    Raises:
-        UsageError: some layers ask for a budget of bytes and some for one of FLOPs.
-    """
+    """Share bytes or FLOPs of low-rank branches out among the layers whose rank is `auto` (`samq.quant.ranks`)."""
 
     exact = True
 
     def __init__(self, recipe: Recipe) -> None:
         asked = [own for own in recipe.variants() if own.auto_rank]
-        budgets = {own.wgts.low_rank.budget for own in asked if own.wgts.low_rank is not None}
-        if len(budgets) > 1:
-            raise UsageError("wgts.low_rank.budget must be bytes or flops for all layers with rank: auto, not both")
-        self._in_flops = "flops" in budgets
+        self._in_flops = any(own.wgts.low_rank is not None and own.wgts.low_rank.budget == "flops" for own in asked)
         by_moments = any(own.wgts.needs_hessian for own in asked)
         self.needs = frozenset(need for need, wanted in ((HESSIAN, by_moments), (RANGE, self._in_flops)) if wanted)
 

@@ -83,7 +83,7 @@ def round_layers(layers: Sequence[ToRound]) -> list[Rounded]:
     """Round layers of one shape, group size and recipe at once; those that are done go along until the last one is."""
     device = layers[0].weight.device
     factors = side_by_side(_factor, layers, device)
-    methods = [_method(layer) for layer in layers]
+    methods = side_by_side(_method, layers, device)
     asked = dict(enumerate(side_by_side(next, methods, device)))  # weights to be quantized, of those that are not done
     weights, done = list(asked.values()), dict[int, Rounded]()
     while asked:

@@ -25,31 +25,42 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: 
     """`[work(item) for item in items]` without gradients, on a GPU several at a time; all is done at the return.
 
     Args:
-        work: may be called from several threads, and on any CUDA stream. What it raises is raised here.
+        work: may be called from several threads, and on any CUDA stream. What it raises is raised here. A tensor that
+            an item keeps from an earlier call it may drop only after the device has used it, as it has when a number
+            was read since: its memory belongs to another stream.
         device: where the tensors are.
     """
     if device.type != "cuda" or len(items) < 2:
         with torch.no_grad():
             return [work(item) for item in items]
-    _load_solvers(device)
-    own = threading.local()
-    main = torch.cuda.current_stream(device)
-
-    def start() -> None:
-        own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def one(item: Item) -> Result:
-        own.stream.wait_stream(main)
-        with torch.no_grad(), torch.cuda.stream(own.stream):
-            result = work(item)
-        own.stream.synchronize()
-        return result
-
-    with ThreadPoolExecutor(min(THREADS, len(items)), initializer=start) as pool:
-        return list(pool.map(one, items))
+    return _threads(device, THREADS).map(work, items)
 
 
-@cache
-def _load_solvers(device: torch.device) -> None:
-    """PyTorch loads its solvers for GPUs when one is first used, and fails when two threads are the first."""
-    torch.linalg.cholesky(torch.eye(1, device=device))
+class _Threads:
+    """Threads with a CUDA stream each, kept: libraries keep some memory for every thread and stream."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        # PyTorch loads its solvers when one is first used, and fails when two threads are the first.
+        torch.linalg.cholesky(torch.eye(1, device=device))
+        self._device, self._own = device, threading.local()
+        self._pool = ThreadPoolExecutor(count, initializer=self._start)
+
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        main = torch.cuda.current_stream(self._device)
+
+        def one(item: Item) -> Result:
+            stream = self._own.stream
+            stream.wait_stream(main)
+            try:
+                with torch.no_grad(), torch.cuda.stream(stream):
+                    return work(item)
+            finally:
+                stream.synchronize()
+
+        return list(self._pool.map(one, items))
+
+    def _start(self) -> None:
+        self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+
+_threads = cache(_Threads)

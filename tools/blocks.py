@@ -125,7 +125,7 @@ def on_cpu(graph: ir.Model, values: Values) -> NDArray[Any]:
     return found
 
 
-def build(block: Block, folder: Path, builder: Builder) -> Path:
+def build_block(block: Block, folder: Path, builder: Builder) -> Path:
     """The plan of a block.
 
     Args:
@@ -141,7 +141,7 @@ def build(block: Block, folder: Path, builder: Builder) -> Path:
     return plan
 
 
-def run(block: Block, plan: Path, values: Values) -> Run:
+def run_block(block: Block, plan: Path, values: Values) -> Run:
     """Run the plan of a block on the GPU at hand.
 
     Raises:

@@ -404,7 +404,8 @@ def bench(**options: Any) -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Blocks built at once, which takes a core and some GB each; they are timed one by one.",
+    help="Blocks built at once, which takes a core and some GB each, and lets TensorRT choose kernels less well; they "
+    "are timed one by one.",
 )
 @click.option("--eval-data", help="Take the image that blocks see from here.  [default: the job's images]")
 @_builder

@@ -24,12 +24,12 @@ from samq.calib.processor import SamProcessor
 from samq.calib.sources import take
 from samq.engines import tensorrt
 from samq.engines.tensorrt_plan import BuildOptions
-from samq.errors import SamqError, UsageError
+from samq.errors import MachineLacks, SamqError, UsageError
 from samq.export.placement import MOST_EXACT_FIRST, Figure, Figures, Form, Placement, fastest, load_placement
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.quant.config import Recipe, load_recipe
-from samq.tools.blocks import Block, Values, build, float_tokens, lowered_blocks, on_cpu, run
+from samq.tools.blocks import Block, Values, build_block, float_tokens, lowered_blocks, on_cpu, run_block
 from samq.tools.job import Job, open_evaluation
 from samq.tools.metrics import relative_error
 from samq.tools.outdir import OutputDir
@@ -131,11 +131,23 @@ class Place:
                     yield block, _figure(block, plan, form, values, error)
 
     def _plans(self, blocks: Sequence[Block], folder: Path) -> list[Callable[[], Path]]:
-        """For each block what gives its plan, or raises what its build raised."""
+        """For each block what gives its plan, or raises what its build raised.
+
+        A build that failed for what others took of the machine is done again alone. What TensorRT times beside other
+        builds is not kept for later ones.
+        """
+        alone: list[Callable[[], Path]] = [
+            partial(build_block, block, folder, tensorrt.build_engine) for block in blocks
+        ]
         if self.jobs == 1:
-            return [partial(build, block, folder, tensorrt.build_engine) for block in blocks]
+            return alone
         with ThreadPoolExecutor(self.jobs) as pool:
-            return [pool.submit(build, block, folder, tensorrt.build_apart).result for block in blocks]
+            beside = [replace(block, options=replace(block.options, timing_cache=None)) for block in blocks]
+            futures = [pool.submit(build_block, block, folder, tensorrt.build_apart) for block in beside]
+        return [
+            once_more if isinstance(future.exception(), MachineLacks) else future.result
+            for future, once_more in zip(futures, alone, strict=True)
+        ]
 
     def _fastest(self, blocks: Figures) -> Placement:
         return fastest(blocks, self.gpu, self.tensorrt, self.budget)
@@ -306,7 +318,7 @@ def _figure(block: Block, plan: Callable[[], Path], form: Form, values: Values, 
         SamqError: it fails in FP16, without which there is nothing to compare with.
     """
     try:
-        found = run(block, plan(), values)
+        found = run_block(block, plan(), values)
     except SamqError as failure:
         if form == "fp16":
             raise

@@ -168,6 +168,8 @@ recipes = st.builds(
             rank=st.just("auto"),
             weighting=st.sampled_from(["diagonal", "full"]),
             shared_down=st.booleans(),
+            max_rounds=st.integers(1, 100),
+            budget=st.sampled_from(["bytes", "flops"]),
         ),
     ),
     ipts=st.none()
@@ -364,6 +366,12 @@ def test_wrong_type(content: str, line: int, message: str) -> None:
             SINT4 + "  low_rank: {rank: auto, max_overhead: null}\n",
             3,
             "wgts.low_rank.max_overhead: null leaves rank: auto without a budget; give a fraction of the FP16 bytes",
+        ),
+        (
+            SINT4 + "  low_rank: {rank: auto, budget: flops}\nlayers:\n  '*.attn.qkv': {low_rank: {rank: auto}}\n",
+            5,
+            "layers.*.attn.qkv.low_rank: bytes does not go with flops: layers with rank: auto share one budget; "
+            "give all the same",
         ),
         (
             SINT4 + "  low_rank: {weighting: ful}\n",

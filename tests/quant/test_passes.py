@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import Sam2Model
 
 from samq.calib.statistics import InputStatistics
-from samq.errors import UsageError
 from samq.quant.config import Recipe, preset_names
 from samq.quant.gptq import output_error
 from samq.quant.grids import round_to_grid
@@ -354,12 +353,6 @@ def test_ranks_share_flops(small_model: Sam2Model) -> None:
     whole = sum(plan.in_features * plan.out_features * tokens[name] for name, plan in work.plans.items())
     assert 0.8 * share * whole < sum(spent[name] * tokens[name] for name in spent) <= share * whole
     assert per_token[1] < 0.95 * per_token[0]
-
-
-def test_one_budget_is_in_one_unit() -> None:
-    own = {"*.mlp.proj_in": {"low_rank": AUTO_RANK | {"budget": "flops"}}}
-    with pytest.raises(UsageError, match="bytes or flops for all layers"):
-        passes_for(recipe_of("int4_svdquant", wgts={"low_rank": AUTO_RANK}, layers=own))
 
 
 def test_ranks_are_chosen_after_all_folds_and_streams_rotated_before() -> None:

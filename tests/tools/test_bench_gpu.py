@@ -100,7 +100,7 @@ def test_expected_time_follows_what_was_seen() -> None:
     large = [cell(OUR_FP16, "large")]
     guessed = expected(large, {})
     assert guessed > expected([cell(OUR_FP16)], {})
-    slow = {cell(NAIVE_FP16): {"ms": 1.0, "seconds": 1000.0, "build_seconds": 990.0}}
+    slow = {cell(NAIVE_FP16): {"ms": 1.0, "seconds": 1000.0, "measuring_seconds": 10.0}}
     assert expected(large, slow) > 1000 * cells.SIZES["large"]
     assert expected([cell("torch-eager", "large")], slow) == expected([cell("torch-eager", "large")], {})
     failed = {cell(NAIVE_FP16): {"reason": "it does not build", "seconds": 1000.0}}

@@ -155,9 +155,25 @@ def test_blocks_built_at_once_are_timed_one_by_one(
     assert placed(exported, tmp_path / "three.yaml", "--jobs", 3) == one_by_one
     assert at_each_run[:10] == [3, 3, 3, 5, 5, 8, 8, 8, 10, 10]
     assert len(at_each_run) == len(machine.built)
+    assert {options.timing_cache for _, options in machine.built} == {None}
     machine.refuses = lambda graph: quantizers(graph) > 0 and block_of(graph) == BLOCKS[3]
     refusing = placed(exported, tmp_path / "refusing.yaml", "--jobs", 3)
     assert "no implementation" in refusing.blocks[BLOCKS[3]]["fold"].refused
+
+
+def test_a_block_for_which_there_was_no_memory_beside_others_is_built_alone(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
+
+    def build_apart(onnx_path: Path, *others: object) -> None:
+        if block_of(onnx.load(onnx_path).graph) == BLOCKS[1]:
+            raise MachineLacks("the TensorRT process ended with status -9")
+        machine.build_engine(onnx_path, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tensorrt, "build_apart", build_apart)
+    placement = placed(exported, tmp_path / "placement.yaml", "--jobs", 3)
+    assert all(figures["fp16"].milliseconds == 2.0 for figures in placement.blocks.values())
 
 
 def test_what_another_gpu_measured_is_not_overwritten(

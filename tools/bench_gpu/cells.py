@@ -171,10 +171,12 @@ def expected_seconds(group: Sequence[Cell], known: Mapping[Cell, Mapping[str, An
 
 
 def _seconds(cell: Cell, known: Mapping[Cell, Mapping[str, Any]], built: bool) -> float:
+    key = "measuring_seconds" if built else "seconds"
     seen = [
-        (float(figures["seconds"]) - (float(figures.get("build_seconds") or 0) if built else 0)) / SIZES[other.model]
+        float(figures[key]) / SIZES[other.model]
         for other, figures in known.items()
-        if other.row.engine == cell.row.engine and other.row.compiled == cell.row.compiled and "ms" in figures
+        if other.row.engine == cell.row.engine and other.row.compiled == cell.row.compiled and key in figures
+        if "ms" in figures
     ]
     guess = GUESSED_MEASURING if built and cell.row.engine == "tensorrt" else GUESSED_SECONDS[cell.row.engine]
     return SIZES[cell.model] * max(seen, default=guess)

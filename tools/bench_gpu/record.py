@@ -3,7 +3,8 @@
     {"gpu": name, "runs": [facts of each run], "cells": {"<model>/<batch>/<row>": figures}}
 
 The figures of a cell hold `run` (index into `runs`), `code` (digest of the code that it depends on), `seconds` (that it
-took) and either `ms` and what else was measured, or `reason`, and `lacks` where the machine is the reason.
+took, with what had to be built in that run; `measuring_seconds` without) and either `ms` and what else was measured, or
+`reason`, and `lacks` where the machine is the reason.
 """
 
 from __future__ import annotations

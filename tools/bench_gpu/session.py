@@ -183,8 +183,10 @@ def _attempt(bench: Bench, cell: Cell, built: Future[Built]) -> dict[str, Any]:
     started = time.monotonic()
     try:
         done = built.result()
+        started = time.monotonic()
         figures = bench.figures(cell, done)
-        return figures | {"seconds": round(done.seconds + time.monotonic() - started, 1)}
+        measuring = time.monotonic() - started
+        return figures | {"seconds": round(done.seconds + measuring, 1), "measuring_seconds": round(measuring, 1)}
     except Exception as error:
         lacks = isinstance(error, MachineLacks | torch.OutOfMemoryError)
         return {"reason": reason(error), "lacks": lacks, "seconds": round(time.monotonic() - started, 1)}

@@ -90,9 +90,10 @@ def _notes(figures: Figures) -> Sequence[str]:
     if "reason" in figures:
         return (f"none: {figures['reason']}",)
     notes = [figures["note"]] if figures.get("note") else []
-    asked = f"asks for {_counted(figures['requested'])}, " if figures.get("requested") else ""
-    if figures.get("executed"):
-        notes.append(f"{asked}executes {_counted(figures['executed'])}")
+    asked = [f"asks for {_counted(figures['requested'])}"] if figures.get("requested") else []
+    executed = [f"executes {_counted(figures['executed'])}"] if figures.get("executed") else []
+    if asked or executed:
+        notes.append(", ".join(asked + executed))
     if figures.get("on_cpu"):
         operators = Counter(node.rpartition(" (")[2].rstrip(")") for node in figures["on_cpu"])
         notes.append(f"on the CPU {_counted(operators)}")
