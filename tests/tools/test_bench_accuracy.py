@@ -36,6 +36,7 @@ from samq.tools.evaluate import BOX, CLICK, evaluate
 from samq.tools.simulation import torch_predictor
 
 RUN = {"command": "bench", "cores": 2}
+DOCS = Path(__file__).parents[2] / "docs"
 Plans = list[LayerPlan]
 
 
@@ -505,6 +506,11 @@ class TestCommand:
         path.write_text(json.dumps(_content()), encoding="utf-8")
         assert main(["--json", str(path), "--table"]) == 0
         assert "`int4_svdquant`" in capsys.readouterr().out
+
+    def test_the_document_is_the_record(self) -> None:
+        content = read_record(DOCS / "accuracy.json")
+        shown = markdown(content, rows.rows(None, []))
+        assert (DOCS / "accuracy-run.md").read_text(encoding="utf-8") == shown
 
     def test_measures_what_is_asked_for(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "accuracy.json"

@@ -169,7 +169,7 @@ _ROWS: tuple[tuple[str, str, str, Changes], ...] = (
     ("w8a8-multiply", "`int8_w8a8`, inputs multiplied where nothing absorbs", "int8_w8a8", MULTIPLIED),
     (
         "w8a8-multiply-max",
-        "that, and nothing clipped",
+        "`int8_w8a8`, inputs multiplied, nothing clipped",
         "int8_w8a8",
         {**MULTIPLIED, **UNCLIPPED, "ipts": {"calibrator": "max"}},
     ),

@@ -14,6 +14,7 @@ from samq.tools.markdown_table import line
 Figures = Mapping[str, Any]
 
 NONE = "—"
+PRINTED = "As `python -m samq.tools.bench_accuracy --json RECORD --table` prints it: not written by hand."
 COLUMNS = ("method", "activations", "bits", *MEASURES, *(f"ahead by, {measure}" for measure in MEASURES))
 LEGEND = (
     "box, click: mIoU / the float model's, with a 95 % bootstrap interval over scenes. agreement: mean IoU of all "
@@ -25,8 +26,8 @@ LEGEND = (
 
 
 def markdown(content: Mapping[str, Any], methods: Sequence[Method]) -> str:
-    """All tables of a record (`samq.tools.bench_accuracy.record`), with the rows of these methods."""
-    parts = [LEGEND, ""]
+    """All tables of a record (`samq.tools.bench_accuracy.record`), with the rows of these methods, as a document."""
+    parts = ["# Accuracy beside peers, by one record", "", PRINTED, "", LEGEND, ""]
     for model in MODELS:
         rows = {key.partition("/")[2]: row for key, row in content["rows"].items() if key.startswith(f"{model}/")}
         if FP32 in rows:
