@@ -404,8 +404,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        own = {pattern: rule.low_rank for pattern, rule in self.layers.items()}
-        asked = {"": self.wgts.low_rank} | own
+        asked = {"": self.wgts.low_rank, **{pattern: rule.low_rank for pattern, rule in self.layers.items()}}
         budgets = {pattern: one.budget for pattern, one in asked.items() if one is not None and one.rank == AUTO}
         first = next(iter(budgets.values()), "bytes")
         for pattern, budget in budgets.items():

@@ -95,11 +95,13 @@ class Place:
         values = float_tokens(self.onnx, pixels)
         seen: list[Seen] = []
         for form in self.forms:
-            lowered = list(lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options))
-            errors = [relative_error(on_cpu(block.graph, values), values[block.output]) for block in lowered]
-            seen += [Seen(block.name, form, block.digest, error) for block, error in zip(lowered, errors, strict=True)]
+            blocks = [
+                (block, relative_error(on_cpu(block.graph, values), values[block.output]))
+                for block in lowered_blocks(self.onnx, self.target, form, self.rewrites, self.options)
+            ]
+            seen += [Seen(block.name, form, block.digest, error) for block, error in blocks]
             new: dict[str, tuple[Block, float]] = {}
-            for block, error in zip(lowered, errors, strict=True):
+            for block, error in blocks:
                 if block.digest not in known:
                     new.setdefault(block.digest, (block, error))
             for block, figure in self._measured(list(new.values()), form, values):

@@ -171,12 +171,11 @@ def expected_seconds(group: Sequence[Cell], known: Mapping[Cell, Mapping[str, An
 
 
 def _seconds(cell: Cell, known: Mapping[Cell, Mapping[str, Any]], built: bool) -> float:
-    key = "measuring_seconds" if built else "seconds"
+    key, kind = "measuring_seconds" if built else "seconds", (cell.row.engine, cell.row.compiled)
     seen = [
         float(figures[key]) / SIZES[other.model]
         for other, figures in known.items()
-        if other.row.engine == cell.row.engine and other.row.compiled == cell.row.compiled and key in figures
-        if "ms" in figures
+        if (other.row.engine, other.row.compiled) == kind and "ms" in figures and key in figures
     ]
     guess = GUESSED_MEASURING if built and cell.row.engine == "tensorrt" else GUESSED_SECONDS[cell.row.engine]
     return SIZES[cell.model] * max(seen, default=guess)
