@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from samq.engines.kernels import Kernel
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -35,6 +37,14 @@ class TimedEngine(Protocol):
 
     def time(self, feeds: Arrays, repeats: int) -> list[float]:
         """Milliseconds of each of `repeats` runs, after a warm-up."""
+        ...
+
+
+class TracedEngine(Engine, Protocol):
+    """An engine whose kernels can be recorded."""
+
+    def kernels(self, feeds: Arrays) -> Sequence[Kernel]:
+        """The kernels of one run."""
         ...
 
 

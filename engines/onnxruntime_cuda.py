@@ -28,6 +28,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from samq.engines.base import Executed
+from samq.engines.kernels import Kernel, trace
 from samq.engines.onnxruntime import INT8_ACCURACY, first_line, told
 from samq.errors import BadInput, MachineLacks, SamqError, UsageError
 
@@ -246,6 +247,15 @@ class OnnxRuntimeCudaEngine:
             raise
         except Exception as error:
             raise _told_of_gpu(self.path, error) from error
+
+    def kernels(self, feeds: Mapping[str, Any]) -> tuple[Kernel, ...]:
+        """The kernels of one run; of an engine without a CUDA graph.
+
+        Raises:
+            BadInput, MachineLacks: the run fails, or nothing records its kernels, see `samq.engines.kernels`.
+        """
+        self.run(feeds)  # cuDNN's search, and what is loaded at the first launch, are no part of a run
+        return trace(lambda: self.run(feeds))
 
 
 def timed(device_io: DeviceIO, bound: Bound, repeats: int) -> list[float]:

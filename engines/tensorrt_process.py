@@ -18,6 +18,7 @@ import samq
 from samq import errors
 from samq.engines.base import Arrays
 from samq.engines.cuda import Device
+from samq.engines.kernels import Kernel
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, load_info
 from samq.engines.tensorrt_progress import Progress, silent
 from samq.engines.tensorrt_run import WARM_UPS
@@ -143,6 +144,11 @@ class WorkerEngine:
         written = self._written(feeds)
         times = self.worker.call("time", engine=self._key, feeds=written, repeats=repeats, warm_ups=warm_ups)
         return [float(value) for value in times]
+
+    def kernels(self, feeds: Arrays) -> tuple[Kernel, ...]:
+        """The kernels of one run, launched one by one."""
+        rows = self.worker.call("kernels", engine=self._key, feeds=self._written(feeds))
+        return tuple(Kernel(**row) for row in rows)
 
     def close(self) -> None:
         """Give the GPU's memory back now."""

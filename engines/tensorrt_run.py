@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from samq.engines import cuda
 from samq.engines.base import Arrays
+from samq.engines.kernels import Kernel, trace
 from samq.engines.tensorrt_log import WARNING, captured, failure, load_tensorrt, version_of
 from samq.engines.tensorrt_network import describe_tensors
 from samq.engines.tensorrt_plan import PlanTensor, load_info
@@ -104,6 +105,24 @@ class TensorRtEngine:
         self._synchronize()
         del arrays
         return cuda.elapsed(self._launch_all, repeats, self._stream)
+
+    def kernels(self, feeds: Arrays) -> tuple[Kernel, ...]:
+        """The kernels of one run, launched one by one.
+
+        Raises:
+            BadInput: an input is missing or has another shape.
+            MachineLacks: the GPU fails, or nothing records its kernels, see `samq.engines.kernels`.
+        """
+        arrays = self._upload(feeds)
+        self._enqueue()  # what is loaded at the first launch is no part of a run
+        self._synchronize()
+        del arrays
+
+        def run() -> None:
+            self._enqueue()
+            self._synchronize()
+
+        return trace(run)
 
     def close(self) -> None:
         """Give the GPU's memory back now; the engine cannot run any more."""

@@ -158,6 +158,10 @@ def _time(engines: Engines, call: Mapping[str, Any], progress: Progress) -> list
     return engines[call["engine"]].time(load_arrays(Path(call["feeds"])), int(call["repeats"]), int(call["warm_ups"]))
 
 
+def _kernels(engines: Engines, call: Mapping[str, Any], progress: Progress) -> list[dict[str, Any]]:
+    return [asdict(kernel) for kernel in engines[call["engine"]].kernels(load_arrays(Path(call["feeds"])))]
+
+
 def _close(engines: Engines, call: Mapping[str, Any], progress: Progress) -> None:
     engines[call["engine"]].close()
 
@@ -169,6 +173,7 @@ CALLS: Mapping[str, Callable[[Engines, Mapping[str, Any], Progress], Any]] = {
     "open": _open,
     "run": _run,
     "time": _time,
+    "kernels": _kernels,
     "close": _close,
 }
 

@@ -18,6 +18,7 @@ from samq.calib.checkpoint import Checkpoint, load_checkpoint
 from samq.calib.parts import PARTS
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import ImageSource, take
+from samq.engines.kernels import Launched, by_kind
 from samq.engines.predictor import Predictor
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
@@ -382,7 +383,9 @@ def run_validate(
     if slower is not None:
         reporter.warn(slower)
     memory = _engine_memory(out, target, reporter)
-    measured = Measured(records, images, examples, latency, sqnr, target.executed(folder), half, memory)
+    kernels, not_traced = _kernels(target, folder)
+    executed = target.executed(folder)
+    measured = Measured(records, images, examples, latency, sqnr, executed, kernels, not_traced, half, memory)
     report = build_report(out, job, recipe, data, target, measured, watch.taken())
     report["gates"] = judge(report, gates)
     report["low_rank"] = out.stages["build"].get("low_rank")
@@ -411,6 +414,14 @@ def _half_precision(
     if complained is not None:
         reporter.warn(complained)
     return compared
+
+
+def _kernels(target: Target, folder: Path) -> tuple[dict[str, dict[str, Launched]] | None, str]:
+    """The kernels of each part by kind, None and the reason where they cannot be traced."""
+    try:
+        return {part: by_kind(kernels) for part, kernels in target.kernels(folder).items()}, ""
+    except MachineLacks as error:
+        return None, str(error)
 
 
 def _engine_memory(out: OutputDir, target: Target, reporter: Reporter) -> dict[str, int | None]:

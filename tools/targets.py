@@ -20,14 +20,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from samq.calib.parts import PARTS
 from samq.engines import tensorrt
-from samq.engines.base import Engine, Executed, sidecar_of
+from samq.engines.base import Engine, Executed, TracedEngine, sidecar_of
+from samq.engines.kernels import Kernel
 from samq.engines.lint import require_clean
 from samq.engines.onnxruntime import VERSION, OnnxRuntimeEngine, executed_layers, open_engine
-from samq.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, executed_on_gpu, require_cuda
+from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine, executed_on_gpu, require_cuda
 from samq.engines.onnxruntime_options import CpuEngineInfo, load_info
 from samq.engines.predictor import Predictor
 from samq.engines.tensorrt_log import plain
@@ -123,6 +125,14 @@ class Target(Protocol):
         """What the runtime made of each layer."""
         ...
 
+    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+        """The kernels that a GPU runs for each part, on zeros, dynamic sides 1; empty where there is no GPU.
+
+        Raises:
+            MachineLacks: nothing records them, see `samq.engines.kernels`.
+        """
+        ...
+
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
         """What `lower` made of each layer, and why; empty where it keeps no notes."""
         ...
@@ -202,6 +212,9 @@ class OnnxRuntimeCpu(_OnnxRuntime):
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_layers(path, load_info(path).options) for path in self.files(folder))
 
+    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+        return {}
+
 
 @dataclass(frozen=True)
 class OnnxRuntimeCuda(_OnnxRuntime):
@@ -241,6 +254,10 @@ class OnnxRuntimeCuda(_OnnxRuntime):
 
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_on_gpu(path).layers for path in self.files(folder))
+
+    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+        launched = CudaOptions(cuda_graph=False)
+        return {path.stem: _kernels(OnnxRuntimeCudaEngine(path, launched)) for path in self.files(folder)}
 
 
 @dataclass(frozen=True)
@@ -349,6 +366,16 @@ class TensorRt:
 
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(tensorrt_layers(path) for path in self.files(folder))
+
+    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+        found = {}
+        for path in self.files(folder):
+            engine = tensorrt.open_engine(path, cuda_graph=False)
+            try:
+                found[path.stem] = _kernels(engine)
+            finally:
+                engine.close()
+        return found
 
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
         notes = _notes(folder)
@@ -481,6 +508,12 @@ def _of_parts(folder: Path, suffix: str) -> list[Path]:
 def _predictor(parts: Iterable[Path], make: Callable[[Path], Engine]) -> Predictor:
     encoder, decoder = map(make, parts)
     return Predictor(encoder, decoder)
+
+
+def _kernels(engine: TracedEngine) -> tuple[Kernel, ...]:
+    """The kernels of a run on zeros, dynamic sides 1."""
+    sides = {name: [side if isinstance(side, int) else 1 for side in shape] for name, shape in engine.shapes.items()}
+    return tuple(engine.kernels({name: np.zeros(shape, np.float32) for name, shape in sides.items()}))
 
 
 def _together(parts: Iterable[Mapping[str, Executed]]) -> dict[str, Executed]:

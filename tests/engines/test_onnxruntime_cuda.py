@@ -16,6 +16,7 @@ from small_model import pixels, recipe_of
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
 from samq.calib.prompts import boxes
 from samq.engines import onnxruntime_cuda
+from samq.engines.kernels import by_kind
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.onnxruntime_cuda import (
     CPU,
@@ -314,3 +315,14 @@ def test_a_pair_on_the_gpu_answers_as_on_the_cpu(parts: tuple[Path, Path]) -> No
 @on_gpu
 def test_times_on_the_gpu(parts: tuple[Path, Path]) -> None:
     assert len(OnnxRuntimeCudaEngine(parts[0]).time(PIXELS, 5)) == 5
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_kernels_on_the_gpu_are_told_by_kind(parts: tuple[Path, Path]) -> None:
+    try:
+        found = by_kind(OnnxRuntimeCudaEngine(parts[0], CudaOptions(cuda_graph=False)).kernels(PIXELS))
+    except MachineLacks as error:
+        pytest.skip(str(error))
+    assert "FP16 GEMM" in found
+    assert "INT8 GEMM" not in found

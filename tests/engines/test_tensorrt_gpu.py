@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from samq.calib.parts import MASK_DECODER
 from samq.engines import tensorrt
+from samq.engines.kernels import by_kind
 from samq.engines.tensorrt_plan import BuildOptions, executed_layers, load_info
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.lower_tensorrt import lower_for_tensorrt
@@ -104,6 +105,19 @@ def test_a_static_plan(tmp_path: Path, cuda_graph: bool) -> None:
     assert min(times) > 0
     with pytest.raises(BadInput, match="the engine takes"):
         engine.run(feeds(2))
+    engine.close()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kernels_tell_what_they_compute_with(tmp_path: Path, quantized: bool) -> None:
+    plan = tmp_path / "part.plan"
+    tensorrt.build_engine(graph(tmp_path / "part.onnx", quantized=quantized), plan)
+    engine = tensorrt.open_engine(plan)
+    try:
+        found = by_kind(engine.kernels(feeds(1)))
+    except MachineLacks as error:
+        pytest.skip(str(error))
+    assert f"{'INT8' if quantized else 'FP16'} GEMM" in found
     engine.close()
 
 

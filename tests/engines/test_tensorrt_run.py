@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
 
-from samq.engines import cuda, tensorrt_log
+from samq.engines import cuda, tensorrt_log, tensorrt_run
 from samq.engines.base import BoundedEngine
+from samq.engines.kernels import Kernel
 from samq.engines.tensorrt_build import build_engine
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.engines.tensorrt_run import TensorRtEngine
@@ -120,6 +121,27 @@ def test_times_are_of_every_run(plan: Path, trt: Simulation) -> None:
     assert engine.time(feeds(2), repeats=5, warm_ups=3) == [1.5] * 5
     assert len(trt.values("IExecutionContext.execute_async_v3")) - before == 3 + 5
     assert len(trt.values("IExecutionContext.set_input_shape")) - copies == 2, "inputs are given once"
+
+
+def test_kernels_are_of_one_run_of_single_launches(
+    tmp_path: Path, trt: Simulation, device: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the first one, which loads them, and of no CUDA graph."""
+    seen: list[int] = []
+
+    def count(run: Callable[[], object]) -> tuple[Kernel, ...]:
+        before = len(trt.values("IExecutionContext.execute_async_v3"))
+        run()
+        seen.extend((before, len(trt.values("IExecutionContext.execute_async_v3"))))
+        return (Kernel("mha0", 1, 2.0),)
+
+    monkeypatch.setattr(tensorrt_run, "trace", count)
+    engine = TensorRtEngine(built(STATIC, tmp_path))
+    assert engine.kernels(feeds(2)) == (Kernel("mha0", 1, 2.0),)
+    assert seen == [1, 2]
+    assert device.launches == 0
+    with pytest.raises(BadInput, match="the engine takes"):
+        engine.kernels(feeds(1))
 
 
 def test_wrong_inputs_are_one_line(plan: Path, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from samq.engines import tensorrt
 from samq.engines.base import Arrays
 from samq.engines.cuda import Device
+from samq.engines.kernels import Kernel
 from samq.engines.tensorrt_log import INFO, WARNING, Log
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, PlanTensor, load_info, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, silent
-from samq.errors import BadInput
+from samq.errors import BadInput, MachineLacks
 from samq.files import sha256_of
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 81559)
@@ -46,6 +47,7 @@ class TensorRtOnCpu:
         spoils: graphs whose engine gives nothing but zeros.
         warnings: what is said while a plan is built.
         steps: of the monitor, which later versions have.
+        traces: kernels can be recorded.
         built: graphs and options of all builds.
         refitted: plans that were refitted, and where to.
     """
@@ -55,6 +57,7 @@ class TensorRtOnCpu:
     spoils: Callable[[onnx.GraphProto], bool] = lambda graph: False
     warnings: tuple[str, ...] = ()
     steps: int = 0
+    traces: bool = True
     built: list[tuple[onnx.GraphProto, BuildOptions]] = field(default_factory=list)
     refitted: list[tuple[Path, Path]] = field(default_factory=list)
 
@@ -107,7 +110,7 @@ class TensorRtOnCpu:
         self.refitted.append((plan_path, new_path))
         return self.build_engine(onnx_path, new_path, options, progress)
 
-    def open_engine(self, plan_path: Path) -> EngineOnCpu:
+    def open_engine(self, plan_path: Path, *, cuda_graph: bool | None = None) -> EngineOnCpu:
         return EngineOnCpu(self, plan_path)
 
 
@@ -121,6 +124,7 @@ class EngineOnCpu:
         self.shapes = {tensor.name: tensor.shape for tensor in info.inputs}
         graph = onnx.load(path).graph
         self._milliseconds, self._factor = owner.clock(graph), 0 if owner.spoils(graph) else 1
+        self._traces, self._gemms = owner.traces, len(info.gemms)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -131,6 +135,12 @@ class EngineOnCpu:
 
     def time(self, feeds: Arrays, repeats: int) -> list[float]:
         return [float(factor) * self._milliseconds for factor in np.linspace(0.99, 1.01, repeats)]
+
+    def kernels(self, feeds: Arrays) -> tuple[Kernel, ...]:
+        if not self._traces:
+            raise MachineLacks("kernels cannot be traced: no cupti")
+        assert {name: len(feeds[name].shape) for name in self.inputs} == {n: len(s) for n, s in self.shapes.items()}
+        return (Kernel("sm80_xmma_gemm_i8i8_i8i32_f32_tn_n", self._gemms, 5.0), Kernel("mha0", 1, 0.5))
 
     def close(self) -> None:
         del self._session

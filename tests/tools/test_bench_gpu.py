@@ -26,6 +26,7 @@ from samq.calib.parts import ENCODER_OUTPUTS, ImageEncoder
 from samq.calib.processor import SamProcessor
 from samq.calib.sources import Sample
 from samq.engines import tensorrt
+from samq.engines.kernels import Kernel
 from samq.engines.lint import lint
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.onnxruntime_cuda import (
@@ -607,6 +608,10 @@ class OnCpu(OnnxRuntimeCudaEngine):
         self.path, self.keep, self._io = path, False, DeviceIO(ort.InferenceSession(str(path), providers=[CPU]), "cpu")
         self.inputs, self.outputs = self._io.inputs, self._io.outputs
 
+    def kernels(self, feeds: Mapping[str, Any]) -> tuple[Kernel, ...]:
+        self.run(feeds)
+        return (Kernel("nvjet_hsh_1", 1, 2.0), Kernel("nvjet_hsh_2", 1, 1.0))
+
 
 def profiled_on_cpu(path: Path, _: CudaOptions) -> Execution:
     options = ort.SessionOptions()
@@ -633,6 +638,8 @@ def test_what_the_process_measures(
     assert told["note"] == "no CUDA graph: a node runs elsewhere"
     assert sum(told["executed"].values()) == len({name.partition("/")[0] for name in matmuls(path)})
     assert told["operators"]["MultiHeadAttention"] == 5
+    assert told["launched"] == {"FP16 GEMM": {"launches": 2, "microseconds": 3.0}}
+    assert json.loads(path.with_suffix(".kernels.json").read_text())[0]["name"] == "nvjet_hsh_1"
     with np.load(found) as arrays:
         assert (arrays["ms"].shape, arrays["graph_ms"].shape) == ((3,), (0,))
         np.testing.assert_array_equal(

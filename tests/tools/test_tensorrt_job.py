@@ -19,6 +19,7 @@ from samq.tools import targets
 from samq.tools.cli import LARGEST
 from samq.tools.progress import Reporter
 from samq.tools.report.page import report_page
+from samq.tools.report.verdict import claims
 
 PROMPTS = {"point_coords", "point_labels", "mask_input", "has_mask_input"}
 
@@ -162,9 +163,35 @@ def test_what_tensorrt_warned_of_is_in_the_report(out: Path, machine: TensorRtOn
     assert "INT64 weights are cast &lt;b&gt;down" in page
 
 
+def test_the_report_tells_the_kernels_that_the_gpu_runs(out: Path, machine: TensorRtOnCpu, inputs: Inputs) -> None:
+    build(out)
+    report = validate(out, inputs).json
+    gemms = {part: len(load_info(out / f"engines/trt8/{part}.plan").gemms) for part in PARTS}
+    for part in PARTS:
+        products = {"launches": gemms[part], "microseconds": 5.0}
+        assert report["kernels"][part] == {
+            "INT8 GEMM": products,
+            "fused attention": {"launches": 1, "microseconds": 0.5},
+        }
+    claim = claims(report)[-1].detail
+    assert claim.endswith(f"by the names of its kernels the GPU runs {sum(gemms.values())} × INT8 GEMM")
+    markdown, page = ((out / "report" / name).read_text() for name in ("report.md", "report.html"))
+    assert f"| image_encoder | INT8 GEMM | {gemms['image_encoder']} | 5.0 |" in markdown
+    assert page.count("<td>fused attention</td>") == 2
+
+
+def test_kernels_that_cannot_be_recorded_are_lacking(out: Path, machine: TensorRtOnCpu, inputs: Inputs) -> None:
+    machine.traces = False
+    build(out)
+    report = validate(out, inputs).json
+    assert report["kernels"] is None
+    assert "the GPU's kernels: kernels cannot be traced: no cupti" in report["lacks"]
+    assert "What the GPU launches" not in (out / "report" / "report.html").read_text()
+
+
 def test_engines_that_nothing_builds_have_no_log(finished: tuple[Path, Answer]) -> None:
     out, answer = finished
-    assert (answer.json["engine_log"], answer.json["folded"]) == ([], None)
+    assert (answer.json["engine_log"], answer.json["folded"], answer.json["kernels"]) == ([], None, {})
     assert all(layer["lowered"] is None for layer in answer.json["layers"])
     assert not any("lowered to" in note for layer in answer.json["layers"] for note in layer["notes"])
     assert all("TensorRT's log" not in (out / "report" / name).read_text() for name in ("report.md", "report.html"))
@@ -176,7 +203,7 @@ def test_a_report_from_before_there_was_a_log_is_still_shown(finished: tuple[Pat
     report = json.loads(file.read_text())
     for layer in report["layers"]:
         del layer["lowered"]
-    file.write_text(json.dumps({key: report[key] for key in report if key not in ("engine_log", "folded")}))
+    file.write_text(json.dumps({key: report[key] for key in report if key not in ("engine_log", "folded", "kernels")}))
     assert report_page(tmp_path / "out") == report_page(finished[0])
 
 

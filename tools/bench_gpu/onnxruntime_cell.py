@@ -22,6 +22,7 @@ import numpy as np
 
 from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine, executed_on_gpu
 from samq.errors import SamqError
+from samq.tools.bench_gpu.launched import launched
 
 RUNS, FEWEST_RUNS = 100, 10
 ENOUGH_SECONDS = 20.0  # of runs
@@ -78,6 +79,8 @@ def measured(onnx: Path, images: Any, options: CudaOptions) -> tuple[dict[str, A
         replayed = OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=True)).time(feeds, runs)
     except SamqError as error:
         told["note"] = f"no CUDA graph: {error}"
+    _step("a traced run")
+    told |= launched(OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=False)), feeds, onnx)
     return {"embeddings": embeddings, "ms": np.array(plain), "graph_ms": np.array(replayed)}, told
 
 

@@ -94,6 +94,11 @@ def _notes(figures: Figures) -> Sequence[str]:
     executed = [f"executes {_counted(figures['executed'])}"] if figures.get("executed") else []
     if asked or executed:
         notes.append(", ".join(asked + executed))
+    if figures.get("launched"):
+        kinds = (
+            f"{own['launches']} × {kind} ({own['microseconds']:.0f} µs)" for kind, own in figures["launched"].items()
+        )
+        notes.append(f"launches {', '.join(kinds)}")
     if figures.get("on_cpu"):
         operators = Counter(node.rpartition(" (")[2].rstrip(")") for node in figures["on_cpu"])
         notes.append(f"on the CPU {_counted(operators)}")

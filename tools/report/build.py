@@ -13,6 +13,7 @@ from typing import Any
 import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
+from samq.engines.kernels import Launched
 from samq.export.lower_tensorrt import LoweredLayer
 from samq.quant.config import Recipe
 from samq.tools.engine_start import file_bytes
@@ -40,6 +41,8 @@ class Measured:
         latency: from `samq.tools.latency.measure_latency`, with the engine's name.
         sqnr: layer → dB; empty without evaluation images.
         executed: layer → what the runtime made of it.
+        kernels: part → kind → what the GPU launched; empty without a GPU, None where it could not be traced.
+        not_traced: why it could not.
         half_precision: from `samq.tools.half_precision.compare_with_fp32`; None without evaluation images, or where the
             baseline is in FP32.
         engine_memory: "baseline_bytes" and "quantized_bytes" from `samq.tools.engine_start`, where it can measure.
@@ -51,6 +54,8 @@ class Measured:
     latency: dict[str, Any]
     sqnr: dict[str, float | None]
     executed: dict[str, Executed]
+    kernels: dict[str, dict[str, Launched]] | None
+    not_traced: str
     half_precision: dict[str, Any] | None
     engine_memory: dict[str, int | None]
 
@@ -95,6 +100,7 @@ def build_report(
         "layers": layers,
         "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
         "folded": _folded(layers),
+        "kernels": _kernels(measured),
         "engine_log": _engine_log(out, target),
         "evaluation_data": data.origin,
         "evaluation_fingerprint": measured.images,
@@ -137,6 +143,8 @@ def _lacks(
         lacks.append("relative mIoU: the baseline's mIoU is 0")
     if None in measured.engine_memory.values():
         lacks.append("the engine's memory: it is measured for ONNX Runtime on the CPU, on Linux")
+    if measured.kernels is None:
+        lacks.append(f"the GPU's kernels: {measured.not_traced}")
     blind = [stage for stage, facts in stages.items() if facts.get("peak_memory_bytes") is None]
     if blind:
         lacks.append(f"peak memory of {', '.join(blind)}: not recorded (Linux tells it, other systems do not)")
@@ -190,6 +198,13 @@ def _became(lowered: LoweredLayer) -> str:
     branch = f", low-rank branch {lowered.branch}" if lowered.branch else ""
     error = "" if lowered.fold_error is None else f" with an error of {percent(lowered.fold_error)}"
     return f"lowered to {lowered.compute}{why}{branch}{error}"
+
+
+def _kernels(measured: Measured) -> dict[str, dict[str, Any]] | None:
+    """What the GPU launched, by part and kind."""
+    if measured.kernels is None:
+        return None
+    return {part: {kind: asdict(own) for kind, own in kinds.items()} for part, kinds in measured.kernels.items()}
 
 
 def _folded(layers: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from samq.calib.parts import PARTS
 from samq.tools.report.units import counted, data_size, number, percent, seconds
-from samq.tools.report.verdict import folded_branches, verdict
+from samq.tools.report.verdict import folded_branches, kernel_rows, verdict
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -24,6 +24,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         _latency_section(report),
         _memory_section(report),
         _layer_section(report),
+        _kernel_section(report),
         _engine_log_section(report),
         _environment_section(report),
     ]
@@ -86,6 +87,12 @@ def _layer_section(report: dict[str, Any]) -> str:
     ]
     head = ("layer", "requested", "executed", "SQNR dB", "group", "rank", "notes")
     return "\n\n".join(filter(None, ["## Layers", folded_branches(report), _table(head, rows)]))
+
+
+def _kernel_section(report: dict[str, Any]) -> str:
+    head = ("part", "kernels", "launches", "µs")
+    rows = [(part, kind, str(count), f"{time:.1f}") for part, kind, count, time in kernel_rows(report)]
+    return f"## Kernels of one image with one click\n\n{_table(head, rows)}" if rows else ""
 
 
 def _engine_log_section(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from samq.tools.report.plots import Bar, Point
 from samq.tools.report.reading import FOLDER, read_bytes, read_prompts, read_report
 from samq.tools.report.rendering import render
 from samq.tools.report.units import data_size, milliseconds
-from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, folded_branches, headline
+from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, folded_branches, headline, kernel_rows
 
 NOISIEST = 5  # layers that are named beside the plot
 IN_WORDS = {"image_encoder": "image encoder", "mask_decoder": "mask decoder"}
@@ -47,6 +47,7 @@ def report_page(out: Path) -> str:
         noisiest=_noisiest(report),
         executions=_executions(report),
         folded=folded_branches(report),
+        kernels=kernel_rows(report),
         engine_log=report.get("engine_log", []),
         search=search,
         front=front(search),

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from samq.engines.kernels import GEMM
 from samq.tools.gates import ACCURACY_GATE, SPEED_GATE
 from samq.tools.half_precision import BROKEN, DIFFERS
 from samq.tools.report.units import counted, data_size, joined, milliseconds, number, percent
@@ -123,6 +124,26 @@ def folded_branches(report: dict[str, Any]) -> str:
     )
 
 
+def kernel_rows(report: dict[str, Any]) -> list[tuple[str, str, int, float]]:
+    """(part, kind, launches, microseconds) of the kernels that a GPU launched; empty where none were traced."""
+    return [
+        (part, kind, own["launches"], own["microseconds"])
+        for part, kinds in (report.get("kernels") or {}).items()
+        for kind, own in kinds.items()
+    ]
+
+
+def products(report: dict[str, Any]) -> str:
+    """The GEMM kernels that a GPU launched, by their numbers; empty where none were traced."""
+    totals: Counter[str] = Counter()
+    for _, kind, launches, _ in kernel_rows(report):
+        totals.update({kind: launches} if kind.endswith(GEMM) else {})
+    if not totals:
+        return ""
+    told = joined([f"{count} × {kind}" for kind, count in totals.most_common()])
+    return f"by the names of its kernels the GPU runs {told}"
+
+
 def _gate(report: dict[str, Any], option: str, otherwise: str) -> tuple[str, str]:
     """What a gate asked for, and its state; without a gate, the state `otherwise`."""
     for gate in report["gates"]:
@@ -174,6 +195,7 @@ def _executed(report: dict[str, Any]) -> Claim:
     misfits = len(report["disagreements"])
     asked = joined(sorted({layer["requested"].partition(": ")[2] for layer in quantized})) if quantized else "nothing"
     detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
+    detail = "; ".join(filter(None, (detail, products(report))))
     reached = f"{len(quantized) - misfits} of {len(quantized)}"
     return Claim("Executed", asked, reached, "layers as requested", detail, WARNING if misfits else PASSED)
 

@@ -101,3 +101,12 @@ def test_the_largest_error_of_folded_branches_is_one_sentence() -> None:
     told = folded_branches(_report(folded={"layers": 1, "largest_error": 0.01234, "layer": "a"}))
     assert told.startswith("Low-rank branches are folded into the INT8 weights of 1 layer;")
     assert told.endswith("the largest error of that is 1.23 % of the weight, in a.")
+
+
+def test_matrix_products_are_counted_by_their_numbers() -> None:
+    launched = {kind: {"launches": count, "microseconds": 1.0} for kind, count in (("FP16 GEMM", 2), ("INT8 GEMM", 97))}
+    kernels = {"image_encoder": launched | {"other": {"launches": 9, "microseconds": 2.0}}, "mask_decoder": launched}
+    told = claims(_report(kernels=kernels))[-1].detail
+    assert told.endswith("; by the names of its kernels the GPU runs 194 × INT8 GEMM and 4 × FP16 GEMM")
+    for without in ({"kernels": None}, {"kernels": {}}, {}):
+        assert claims(_report(**without))[-1].detail == "read from the runtime's own graph"
