@@ -459,8 +459,7 @@ def _unpacked(graph: onnx.GraphProto, ran: Collection[str]) -> dict[str, str]:
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     told = {}
     for node in graph.node:
-        last = producers.get(node.input[1]) if node.op_type == "MatMul" else None
-        chain = list(_ancestors(last, producers))
+        chain = list(_ancestors(node.input[1], producers)) if node.op_type == "MatMul" else []
         bits = {_CODE_BITS[types[name]] for link in chain for name in link.input if types.get(name) in _CODE_BITS}
         if bits:
             when = "at every run" if any(link.name in ran for link in chain) else "at load"
@@ -468,13 +467,16 @@ def _unpacked(graph: onnx.GraphProto, ran: Collection[str]) -> dict[str, str]:
     return told
 
 
-def _ancestors(node: onnx.NodeProto | None, producers: Mapping[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """A node and all that it is computed from."""
-    waiting = [] if node is None else [node]
+def _ancestors(tensor: str, producers: Mapping[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """All nodes that a tensor is computed from, each once: residual connections have more paths than can be walked."""
+    waiting, seen = [tensor], {tensor}
     while waiting:
-        current = waiting.pop()
-        yield current
-        waiting += [producers[name] for name in current.input if name in producers]
+        node = producers.get(waiting.pop())
+        if node is not None:
+            yield node
+            new = set(node.input) - seen
+            waiting += new
+            seen |= new
 
 
 def _compute(details: Mapping[str, Any], attributes: Mapping[str, int]) -> str:

@@ -23,6 +23,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "torch_cuda": torch.cuda.is_available(),
         "tensorrt": _version("tensorrt"),
+        "cupti_python": _version("cupti-python"),
         "modelopt": _version("nvidia-modelopt"),
         "triton_client": _version("tritonclient"),
         "int8_instructions": _int8_instructions(),
