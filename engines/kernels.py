@@ -18,34 +18,42 @@ from __future__ import annotations
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from samq.errors import MachineLacks
 
-INSTALL = "`pip install samq[kernels]`"
+INSTALL = "install it for the interpreter that runs the engines: `pip install cupti-python`"
 BUFFER_BYTES = 8 << 20
 FLUSH_ALL = 1  # records of kernels that have not ended too; all have, where the caller waits for the device
 
 GEMM, ATTENTION, SOFTMAX, DEQUANTIZE, OTHER = "GEMM", "fused attention", "softmax", "weights dequantized", "other"
 
-_XMMA = {"i8": "INT8", "f16": "FP16", "bf16": "BF16", "tf32": "TF32", "f32": "FP32", "e4m3": "FP8"}
-_NVJET = {"h": "FP16", "t": "BF16", "s": "TF32", "q": "FP8", "o": "FP8"}
-_NUMBERS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
-    (re.compile(rf"xmma_\w*?_[a-z0-9]+_({'|'.join(_XMMA)})(?:{'|'.join((*_XMMA, 'i32'))})_"), _XMMA),
-    (re.compile(r"nvjet_(?:sm\d+_)?([a-z])"), _NVJET),
-    (re.compile(r"()bf16_?s?\d*gemm"), {"": "BF16"}),
-    (re.compile(r"()(?:tf32|_s1688)\w*gemm"), {"": "TF32"}),
-    (re.compile(r"()_i\d+gemm"), {"": "INT8"}),
-    (re.compile(r"()(?:_h\d+|_(?:fp16|f16|h)_?s?\d+)gemm"), {"": "FP16"}),
-    (re.compile(r"()_sgemm"), {"": "FP32"}),
+# Of names in lower case. First match wins: TensorRT's compiler abbreviates a softmax's steps, s1688 is also the tile of
+# FP16 before Ampere, and "bf16" holds "f16".
+_PARTS = (
+    (SOFTMAX, r"softmax|maxsubexp"),
+    (ATTENTION, r"(?<![a-z])f?mha|flash|sdpa|attention"),
+    (DEQUANTIZE, r"dequantize(?:[48]bits|blockwise)"),
 )
-_ATTENTION = re.compile(r"mha|flash|sdpa|attention", re.IGNORECASE)
-_SOFTMAX = re.compile(r"softmax|MaxSubExp", re.IGNORECASE)  # the latter as TensorRT's compiler abbreviates it
-_DEQUANTIZE = re.compile(r"dequantize(?:4bits|blockwise)|unpack", re.IGNORECASE)
-_PRODUCT = re.compile(r"gemm|gemv|nvjet|xmma_fprop|conv(?!ert)", re.IGNORECASE)
+_OPERATION = "(?:gemm|fprop|cudnn)"
+_NUMBERS = (
+    ("INT8", rf"xmma_\w*?_[a-z0-9]+_i8i32_|(?<![a-z])i[\dx]+{_OPERATION}|{_OPERATION}_s8"),
+    ("FP8", r"xmma_\w*?_[a-z0-9]+_e4m3\w*?_|nvjet_(?:sm\d+_)?q"),
+    ("FP4", r"nvjet_(?:sm\d+_)?o"),
+    ("BF16", rf"xmma_\w*?_[a-z0-9]+_bf16\w*?_|nvjet_(?:sm\d+_)?t|bf16_s?[\dx]*{_OPERATION}|{_OPERATION}_bf16"),
+    (
+        "FP16",
+        r"xmma_\w*?_[a-z0-9]+_f16f(?:16|32)_|nvjet_(?:sm\d+_)?h|gemv.*__half"
+        rf"|(?<![a-z])h[\dx]*{_OPERATION}|fp?16_s?[\dx]*{_OPERATION}|{_OPERATION}_fp?16",
+    ),
+    ("TF32", rf"xmma_\w*?_[a-z0-9]+_tf32f32_|tf32|s1688{_OPERATION}"),
+    ("FP32", rf"xmma_\w*?_[a-z0-9]+_f32f32_|(?<![a-z])s{_OPERATION}"),
+)
+_PRODUCT = r"gemm|gemv|nvjet|fprop|matmulfloat|\d{4}cudnn|scudnn|conv(?!er)"
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,14 @@ class Kernel:
     @property
     def kind(self) -> str:
         """What it computes: a GEMM (or convolution) with its numbers, or one of this module's other kinds."""
-        for kind, pattern in ((ATTENTION, _ATTENTION), (SOFTMAX, _SOFTMAX), (DEQUANTIZE, _DEQUANTIZE)):
-            if pattern.search(self.name):
+        name = self.name.lower()
+        for kind, pattern in _PARTS:
+            if re.search(pattern, name):
                 return kind
-        for pattern, numbers in _NUMBERS:
-            found = pattern.search(self.name)
-            if found is not None:
-                return f"{numbers.get(found[1], 'unknown')} {GEMM}"
-        return f"unknown {GEMM}" if _PRODUCT.search(self.name) else OTHER
+        if not re.search(_PRODUCT, name):
+            return OTHER
+        numbers = (numbers for numbers, pattern in _NUMBERS if re.search(pattern, name))
+        return f"{next(numbers, 'unknown')} {GEMM}"
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,13 @@ def trace(run: Callable[[], object]) -> tuple[Kernel, ...]:
     cupti = _cupti()
     kind = cupti.ActivityKind.CONCURRENT_KERNEL
     _RECORDS.clear()
-    try:
+    with _refusals_told():
         cupti.activity_enable(kind)
         try:
             run()
-            cupti.activity_flush_all(FLUSH_ALL)
         finally:
+            cupti.activity_flush_all(FLUSH_ALL)  # also of a run that failed, or the next trace would have its kernels
             cupti.activity_disable(kind)
-    except RuntimeError as error:  # of CUPTI; what `run` raises is of `samq.errors`
-        if type(error).__module__.partition(".")[0] != "cupti":
-            raise
-        raise _refused(error) from error
     spent: defaultdict[str, list[float]] = defaultdict(list)
     for name, nanoseconds in _RECORDS:
         spent[name].append(nanoseconds / 1000)
@@ -128,26 +132,41 @@ def trace(run: Callable[[], object]) -> tuple[Kernel, ...]:
 _RECORDS: list[tuple[str, int]] = []  # name and nanoseconds of each launch; CUPTI has one consumer in a process
 
 
+def require_cupti() -> None:
+    """See that kernels can be recorded, before anything is run for it.
+
+    Raises:
+        MachineLacks: as `trace`.
+    """
+    _cupti()
+
+
 @cache
 def _cupti() -> Any:
     """The module `cupti.cupti`, its records on their way to `_RECORDS`."""
     try:
         cupti = importlib.import_module("cupti.cupti")
     except ImportError as error:
-        raise MachineLacks(f"kernels cannot be traced: cupti-python does not load ({error}); run {INSTALL}") from error
+        raise MachineLacks(f"kernels cannot be traced: cupti-python does not load ({error}); {INSTALL}") from error
 
     def take(activities: Iterable[Any]) -> None:
         for activity in activities:  # they live as long as this call
             if activity.kind == cupti.ActivityKind.CONCURRENT_KERNEL:
                 _RECORDS.append((activity.name, activity.end - activity.start))
 
-    try:
+    with _refusals_told():
         cupti.activity_register_callbacks(lambda: (BUFFER_BYTES, 0), take)
-    except RuntimeError as error:
-        raise _refused(error) from error
     return cupti
 
 
-def _refused(error: RuntimeError) -> MachineLacks:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return MachineLacks(f"kernels cannot be traced: CUPTI refuses ({reason}); see whether `nvidia-smi` works")
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """CUPTI's own errors, whose classes have no base of their own, as one line."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "cupti":
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = f"kernels cannot be traced: CUPTI refuses ({reason}); see whether `nvidia-smi` works"
+        raise MachineLacks(text) from error

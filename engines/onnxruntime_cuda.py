@@ -28,7 +28,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from samq.engines.base import Executed
-from samq.engines.kernels import Kernel, trace
+from samq.engines.kernels import Kernel, require_cupti, trace
 from samq.engines.onnxruntime import INT8_ACCURACY, first_line, told
 from samq.errors import BadInput, MachineLacks, SamqError, UsageError
 
@@ -254,6 +254,7 @@ class OnnxRuntimeCudaEngine:
         Raises:
             BadInput, MachineLacks: the run fails, or nothing records its kernels, see `samq.engines.kernels`.
         """
+        require_cupti()
         self.run(feeds)  # cuDNN's search, and what is loaded at the first launch, are no part of a run
         return trace(lambda: self.run(feeds))
 
@@ -469,14 +470,13 @@ def _unpacked(graph: onnx.GraphProto, ran: Collection[str]) -> dict[str, str]:
 
 def _ancestors(tensor: str, producers: Mapping[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """All nodes that a tensor is computed from, each once: residual connections have more paths than can be walked."""
-    waiting, seen = [tensor], {tensor}
+    waiting, seen = [tensor], set[int]()
     while waiting:
         node = producers.get(waiting.pop())
-        if node is not None:
+        if node is not None and id(node) not in seen:
             yield node
-            new = set(node.input) - seen
-            waiting += new
-            seen |= new
+            seen.add(id(node))
+            waiting += node.input
 
 
 def _compute(details: Mapping[str, Any], attributes: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from samq.engines import cuda
 from samq.engines.base import Arrays
-from samq.engines.kernels import Kernel, trace
+from samq.engines.kernels import Kernel, require_cupti, trace
 from samq.engines.tensorrt_log import WARNING, captured, failure, load_tensorrt, version_of
 from samq.engines.tensorrt_network import describe_tensors
 from samq.engines.tensorrt_plan import PlanTensor, load_info
@@ -113,6 +113,7 @@ class TensorRtEngine:
             BadInput: an input is missing or has another shape.
             MachineLacks: the GPU fails, or nothing records its kernels, see `samq.engines.kernels`.
         """
+        require_cupti()
         arrays = self._upload(feeds)
         self._enqueue()  # what is loaded at the first launch is no part of a run
         self._synchronize()

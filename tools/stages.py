@@ -20,7 +20,7 @@ from samq.calib.processor import SamProcessor
 from samq.calib.sources import ImageSource, take
 from samq.engines.kernels import Launched, by_kind
 from samq.engines.predictor import Predictor
-from samq.errors import BadInput, MachineLacks, UsageError
+from samq.errors import BadInput, MachineLacks, SamqError, UsageError
 from samq.export.parts import float_part, quantized_part, save_part
 from samq.export.trace import trace
 from samq.files import sha256_of, write_json, write_text
@@ -383,7 +383,7 @@ def run_validate(
     if slower is not None:
         reporter.warn(slower)
     memory = _engine_memory(out, target, reporter)
-    kernels, not_traced = _kernels(target, folder)
+    kernels, not_traced = _kernels(target, folder, reporter)
     executed = target.executed(folder)
     measured = Measured(records, images, examples, latency, sqnr, executed, kernels, not_traced, half, memory)
     report = build_report(out, job, recipe, data, target, measured, watch.taken())
@@ -416,11 +416,12 @@ def _half_precision(
     return compared
 
 
-def _kernels(target: Target, folder: Path) -> tuple[dict[str, dict[str, Launched]] | None, str]:
+def _kernels(target: Target, folder: Path, reporter: Reporter) -> tuple[dict[str, dict[str, Launched]] | None, str]:
     """The kernels of each part by kind, None and the reason where they cannot be traced."""
     try:
-        return {part: by_kind(kernels) for part, kernels in target.kernels(folder).items()}, ""
-    except MachineLacks as error:
+        with reporter.track("kernels", None):
+            return {part: by_kind(kernels) for part, kernels in target.kernels(folder).items()}, ""
+    except SamqError as error:  # whatever it is, the report is worth more
         return None, str(error)
 
 

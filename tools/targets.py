@@ -26,7 +26,7 @@ import onnx_ir as ir
 from samq.calib.parts import PARTS
 from samq.engines import tensorrt
 from samq.engines.base import Engine, Executed, TracedEngine, sidecar_of
-from samq.engines.kernels import Kernel
+from samq.engines.kernels import Kernel, require_cupti
 from samq.engines.lint import require_clean
 from samq.engines.onnxruntime import VERSION, OnnxRuntimeEngine, executed_layers, open_engine
 from samq.engines.onnxruntime_cuda import CudaOptions, OnnxRuntimeCudaEngine, executed_on_gpu, require_cuda
@@ -256,6 +256,7 @@ class OnnxRuntimeCuda(_OnnxRuntime):
         return _together(executed_on_gpu(path).layers for path in self.files(folder))
 
     def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+        require_cupti()
         launched = CudaOptions(cuda_graph=False)
         return {path.stem: _kernels(OnnxRuntimeCudaEngine(path, launched)) for path in self.files(folder)}
 

@@ -135,6 +135,7 @@ def test_kernels_are_of_one_run_of_single_launches(
         seen.extend((before, len(trt.values("IExecutionContext.execute_async_v3"))))
         return (Kernel("mha0", 1, 2.0),)
 
+    monkeypatch.setattr(tensorrt_run, "require_cupti", lambda: None)
     monkeypatch.setattr(tensorrt_run, "trace", count)
     engine = TensorRtEngine(built(STATIC, tmp_path))
     assert engine.kernels(feeds(2)) == (Kernel("mha0", 1, 2.0),)
@@ -142,6 +143,13 @@ def test_kernels_are_of_one_run_of_single_launches(
     assert device.launches == 0
     with pytest.raises(BadInput, match="the engine takes"):
         engine.kernels(feeds(1))
+
+
+def test_nothing_runs_where_kernels_cannot_be_traced(tmp_path: Path, trt: Simulation) -> None:
+    engine = TensorRtEngine(built(STATIC, tmp_path))
+    with pytest.raises(MachineLacks, match="cupti-python does not load"):
+        engine.kernels(feeds(2))
+    assert not trt.values("IExecutionContext.execute_async_v3")
 
 
 def test_wrong_inputs_are_one_line(plan: Path, tmp_path: Path) -> None:

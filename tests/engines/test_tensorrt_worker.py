@@ -14,9 +14,10 @@ import pytest
 
 import samq
 from samq.engines import tensorrt
+from samq.engines.kernels import Kernel
 from samq.engines.tensorrt_plan import BuildOptions
-from samq.engines.tensorrt_process import Worker
-from samq.engines.tensorrt_worker import load_arrays, run_job, save_arrays
+from samq.engines.tensorrt_process import Worker, WorkerEngine
+from samq.engines.tensorrt_worker import CALLS, load_arrays, run_job, save_arrays
 from samq.errors import BadInput, MachineLacks, UsageError
 
 ROOT = Path(samq.__file__).parents[1]
@@ -147,6 +148,29 @@ def test_progress_comes_through(tmp_path: Path) -> None:
     worker, seen = speaks(tmp_path, *(f"print({line!r}, flush=True)" for line in told)), []
     assert worker.call("build", lambda *step: seen.append(step)) == 7
     assert seen == [("parse", 0, 0), ("Building Engine", 1, 2)]
+    worker.close()
+
+
+class Opened(WorkerEngine):
+    """An engine of a worker that has it open, its plan being elsewhere."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.inputs, self._key = worker, ("x",), "0"
+
+
+def test_kernels_come_through(tmp_path: Path) -> None:
+    kernels = (Kernel("mha0", 2, 3.5), Kernel("nvjet_hsh", 1, 0.5))
+
+    class Launches:
+        def kernels(self, feeds: dict[str, Any]) -> tuple[Kernel, ...]:
+            assert feeds["x"].tolist() == [1, 2]
+            return kernels
+
+    save_arrays(tmp_path / "feeds.npz", {"x": np.array([1, 2])})
+    call = {"engine": "0", "feeds": str(tmp_path / "feeds.npz")}
+    answer = CALLS["kernels"]({"0": Launches()}, call, lambda *step: None)  # type: ignore[dict-item]
+    worker = speaks(tmp_path, f"print({json.dumps({'result': answer})!r}, flush=True)")
+    assert Opened(worker).kernels({"x": np.array([1, 2])}) == kernels
     worker.close()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -533,7 +534,7 @@ def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
     assert built == plans[:1]
     others = [build(tmp_path / "other", tmp_path), build(tmp_path / "one", tmp_path, float32=("norm",))]
     assert len({plans[0], *others}) == 3
-    monkeypatch.setattr(runtimes, "digest_of", lambda _: "new code")
+    monkeypatch.setattr(runtimes, "digest_of", lambda *_: "new code")
     assert build(tmp_path / "one", tmp_path) not in built[:-1]
 
 
@@ -559,6 +560,42 @@ def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pyt
     assert figures["note"].startswith("random weights")
     assert figures["note"].endswith("; on the CPU")
     json.dumps(figures)
+
+
+class OfPlan:
+    """A plan in a worker: 3 ms launched kernel by kernel, 2 ms as a CUDA graph."""
+
+    def __init__(self, worker: list[bool | None], plan: Path, *, cuda_graph: bool | None = None) -> None:
+        worker.append(cuda_graph)
+        self._graph = cuda_graph is not False
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return {runtimes.EMBEDDINGS: feeds["pixel_values"]}
+
+    def time(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
+        return [2.0 if self._graph else 3.0] * repeats
+
+    def kernels(self, feeds: Mapping[str, Any]) -> tuple[Kernel, ...]:
+        raise MachineLacks("no cupti")
+
+
+def test_plans_are_measured_launch_by_launch_and_as_a_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each in a process of its own; what cannot be traced costs no figure."""
+    workers: list[list[bool | None]] = []
+
+    def own_worker() -> contextlib.AbstractContextManager[list[bool | None]]:
+        workers.append([])
+        return contextlib.nullcontext(workers[-1])
+
+    info = SimpleNamespace(plan_bytes=1_000_000, seconds=5.0, layers=())
+    monkeypatch.setattr(runtimes, "WorkerEngine", OfPlan)
+    monkeypatch.setattr(runtimes, "load_info", lambda _: info)
+    monkeypatch.setattr(runtimes, "executed_layers", lambda _: {})
+    monkeypatch.setattr(tensorrt, "own_worker", own_worker)
+    measured = runtimes.measure_tensorrt(tmp_path / "a.plan", np.ones((1, 3, 2, 2), np.float32))
+    assert workers == [[False], [True]]
+    assert (set(measured.ms), set(measured.graph_ms)) == ({3.0}, {2.0})
+    assert measured.facts == {"executed": {}, "layers": 0, "launched": None, "not_traced": "no cupti"}
 
 
 # --- ONNX Runtime, in a process of its own
@@ -673,11 +710,18 @@ def _content() -> dict[str, Any]:
                 "executed": {"INT8 GEMM": 3, "FP16 GEMM": 60},
                 "on_cpu": ["node_pad_1 (Pad)", "node_pad_2 (Pad)"],
             },
-            "demo/1/trt-fp16": done | {"ms": 1.5, "graph_ms": 1.2, "masks": _masks(0.8, 0.8)},
+            "demo/1/trt-fp16": done
+            | {
+                "ms": 1.5,
+                "graph_ms": 1.2,
+                "masks": _masks(0.8, 0.8),
+                "launched": {"FP16 GEMM": {"launches": 84, "microseconds": 336.9}},
+            },
             "demo/1/trt-naive-fp16": done
             | {"ms": 3.0, "megabytes": 12.34, "relative_error": 0.00123, "note": "as it is"},
             "demo/1/torch-eager": done | {"reason": "no such device", "lacks": True},
             "large/8/torch-eager": done | {"ms": 100.0, "build_seconds": None},
+            "large/8/trt-w4a8": done | {"ms": 60.0, "launched": None, "not_traced": "no cupti"},
         },
     }
 
@@ -697,6 +741,8 @@ def test_the_tables_show_what_was_measured() -> None:
     assert f"- {ROWS['trt-naive-fp16'].title}: as it is" in lines
     assert f"- {ROWS['trt-w8a8'].title}: executes 60 × FP16 GEMM, 3 × INT8 GEMM" in lines
     assert f"- {ROWS['trt-w8a8'].title}: on the CPU 2 × Pad" in lines
+    assert f"- {ROWS['trt-fp16'].title}: launches 84 × FP16 GEMM (337 µs)" in lines
+    assert f"- {ROWS['trt-w4a8'].title}: launches: not known; no cupti" in lines
     assert lines[-1] == "1. `bench` on A GPU: TensorRT 8.6.0"
 
 

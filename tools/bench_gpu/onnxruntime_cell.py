@@ -80,7 +80,7 @@ def measured(onnx: Path, images: Any, options: CudaOptions) -> tuple[dict[str, A
     except SamqError as error:
         told["note"] = f"no CUDA graph: {error}"
     _step("a traced run")
-    told |= launched(OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=False)), feeds, onnx)
+    told |= launched(lambda: OnnxRuntimeCudaEngine(onnx, replace(options, cuda_graph=False)), feeds, onnx)
     return {"embeddings": embeddings, "ms": np.array(plain), "graph_ms": np.array(replayed)}, told
 
 

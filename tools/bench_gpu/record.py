@@ -21,7 +21,7 @@ from samq.export.placement import SHIPPED, load_placement
 from samq.files import write_json
 from samq.quant.config import load_recipe
 from samq.tools.bench_gpu.cells import ROWS, Cell
-from samq.tools.bench_gpu.code import digest_of
+from samq.tools.bench_gpu.code import KERNEL_NAMES, digest_of
 from samq.tools.records import read_json_record
 
 ENGINE_CODE = {
@@ -129,7 +129,8 @@ def code_digest(cell: Cell) -> str:
 
     The bench itself is left out: a new row must not cost the old ones, and --redo measures again.
     """
-    digest = hashlib.sha256(digest_of(tuple(_roots(cell)), () if cell.row.preset else ("samq.quant",)).encode())
+    without = KERNEL_NAMES if cell.row.preset else (*KERNEL_NAMES, "samq.quant")
+    digest = hashlib.sha256(digest_of(tuple(_roots(cell)), without).encode())
     digest.update(repr(replace(cell.row, title="")).encode())
     if cell.row.preset is not None:
         digest.update(load_recipe(cell.row.preset).to_yaml().encode())

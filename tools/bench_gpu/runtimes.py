@@ -34,7 +34,7 @@ from samq.engines.tensorrt_plan import BuildOptions, executed_layers, load_info
 from samq.engines.tensorrt_process import WorkerEngine
 from samq.errors import BadInput, MachineLacks, SamqError
 from samq.files import sha256_of
-from samq.tools.bench_gpu.code import digest_of
+from samq.tools.bench_gpu.code import KERNEL_NAMES, digest_of
 from samq.tools.bench_gpu.launched import launched
 from samq.tools.bench_gpu.onnxruntime_cell import EMBEDDINGS, RUNS
 from samq.tools.bench_gpu.subject import Pixels
@@ -175,7 +175,7 @@ def _told_of(command: Sequence[str], longest: float) -> dict[str, Any]:
 
 def plan_of(onnx: Path, folder: Path, options: BuildOptions) -> Path:
     """Where the plan of a graph is kept: one for the same graph, options and code."""
-    how = hashlib.sha256(f"{options} {digest_of(BUILDER_CODE)}".encode()).hexdigest()
+    how = hashlib.sha256(f"{options} {digest_of(BUILDER_CODE, KERNEL_NAMES)}".encode()).hexdigest()
     return folder / f"{sha256_of(onnx)[:16]}-{how[:16]}.plan"
 
 
@@ -210,7 +210,7 @@ def measure_tensorrt(plan: Path, pixels: Pixels) -> Measured:
         embeddings = engine.run(feeds)[EMBEDDINGS]
         times = engine.time(feeds, RUNS)
         executed = Counter(layer.compute for layer in executed_layers(plan).values())
-        facts = {"executed": dict(executed), "layers": len(info.layers)} | launched(engine, feeds, plan)
+        facts = {"executed": dict(executed), "layers": len(info.layers)} | launched(lambda: engine, feeds, plan)
     replayed: Sequence[float] = []
     try:
         with tensorrt.own_worker() as worker:  # where a plan was opened before, the demo's took a tenth longer

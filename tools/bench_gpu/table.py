@@ -99,6 +99,8 @@ def _notes(figures: Figures) -> Sequence[str]:
             f"{own['launches']} × {kind} ({own['microseconds']:.0f} µs)" for kind, own in figures["launched"].items()
         )
         notes.append(f"launches {', '.join(kinds)}")
+    elif figures.get("not_traced"):
+        notes.append(f"launches: not known; {figures['not_traced']}")
     if figures.get("on_cpu"):
         operators = Counter(node.rpartition(" (")[2].rstrip(")") for node in figures["on_cpu"])
         notes.append(f"on the CPU {_counted(operators)}")
