@@ -419,8 +419,7 @@ def _half_precision(
 def _kernels(target: Target, folder: Path, reporter: Reporter) -> tuple[dict[str, dict[str, Launched]] | None, str]:
     """The kernels of each part by kind, None and the reason where they cannot be traced."""
     try:
-        with reporter.track("kernels", None):
-            return {part: by_kind(kernels) for part, kernels in target.kernels(folder).items()}, ""
+        return {part: by_kind(kernels) for part, kernels in target.kernels(folder, reporter).items()}, ""
     except SamqError as error:  # whatever it is, the report is worth more
         return None, str(error)
 

@@ -125,7 +125,7 @@ class Target(Protocol):
         """What the runtime made of each layer."""
         ...
 
-    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+    def kernels(self, folder: Path, reporter: Reporter) -> dict[str, tuple[Kernel, ...]]:
         """The kernels that a GPU runs for each part, on zeros, dynamic sides 1; empty where there is no GPU.
 
         Raises:
@@ -212,7 +212,7 @@ class OnnxRuntimeCpu(_OnnxRuntime):
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_layers(path, load_info(path).options) for path in self.files(folder))
 
-    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+    def kernels(self, folder: Path, reporter: Reporter) -> dict[str, tuple[Kernel, ...]]:
         return {}
 
 
@@ -255,10 +255,11 @@ class OnnxRuntimeCuda(_OnnxRuntime):
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(executed_on_gpu(path).layers for path in self.files(folder))
 
-    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+    def kernels(self, folder: Path, reporter: Reporter) -> dict[str, tuple[Kernel, ...]]:
         require_cupti()
         launched = CudaOptions(cuda_graph=False)
-        return {path.stem: _kernels(OnnxRuntimeCudaEngine(path, launched)) for path in self.files(folder)}
+        with reporter.track("kernels", None):
+            return {path.stem: _kernels(OnnxRuntimeCudaEngine(path, launched)) for path in self.files(folder)}
 
 
 @dataclass(frozen=True)
@@ -368,14 +369,15 @@ class TensorRt:
     def executed(self, folder: Path) -> dict[str, Executed]:
         return _together(tensorrt_layers(path) for path in self.files(folder))
 
-    def kernels(self, folder: Path) -> dict[str, tuple[Kernel, ...]]:
+    def kernels(self, folder: Path, reporter: Reporter) -> dict[str, tuple[Kernel, ...]]:
         found = {}
-        for path in self.files(folder):
-            engine = tensorrt.open_engine(path, cuda_graph=False)
-            try:
-                found[path.stem] = _kernels(engine)
-            finally:
-                engine.close()
+        with reporter.track("kernels", None):
+            for path in self.files(folder):
+                engine = tensorrt.open_engine(path, cuda_graph=False)
+                try:
+                    found[path.stem] = _kernels(engine)
+                finally:
+                    engine.close()
         return found
 
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
