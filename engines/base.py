@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from samq.engines.kernels import Kernel
+from samq.engines.kernels import Kernel
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -36,7 +36,7 @@ SETTINGS = "settings.json"
 CONTENT = {SAM, *MODELS.values(), REQUIREMENTS}
 
 _SERVED = "tools.triton.served"
-_BOTH = ("", "errors", "engines", "engines.base", "tools", "tools.triton", _SERVED)
+_BOTH = ("", "errors", "engines", "engines.base", "engines.kernels", "tools", "tools.triton", _SERVED)
 _ANSWERING = tuple(f"{_SERVED}.{name}" for name in ("errors", "store"))
 PART_CODE = (
     *_BOTH,
