@@ -261,13 +261,31 @@ def _copy_processor(source: Path, target: Path, paths: list[Path]) -> None:
 def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     """`weights/` and the checkpoint → `onnx/`: canonical Q/DQ parts, and the baseline in FP32 and FP16.
 
-    With a target named, the graphs are lowered for it too, so that only the engines are left to build elsewhere.
+    With a target named, the graphs are lowered for it too, so that only the engines are left to build elsewhere. Parts
+    that were exported for the same shapes are lowered as they are.
     """
     out.require("quantize")
     watch = Watch(reporter)
+    target = None if job.target is None else tensorrt_target(job)  # refuses what is wrong before anything is traced
+    paths = _exported_before(out, job) or _canonical(out, job, reporter)
+    if target is not None:
+        with reporter.track(f"lower for {target.folder}", target.graphs) as step:
+            paths += target.lower(out.path / "onnx", out.path / "engines" / target.folder, step)
+    out.record("export", paths, **watch.taken(), options=_options_of("export", job))
+
+
+def _exported_before(out: OutputDir, job: Job) -> list[Path]:
+    """The files in `onnx/` of an export for the same shapes; empty where there was none, or one was changed since."""
+    earlier = out.stages.get("export", {})
+    if not out.done("export") or earlier.get("options", {}).get("shapes") != job.shapes:
+        return []
+    return [out.path / name for name in earlier["artifacts"] if Path(name).parts[0] == "onnx"]
+
+
+def _canonical(out: OutputDir, job: Job, reporter: Reporter) -> list[Path]:
+    """Trace the parts and write them to `onnx/`; returns the files."""
     baseline = _baseline(out, job)
     model, codes = load_quantized(out.path / "weights")
-    folder = out.path / "onnx"
     paths: list[Path] = []
     with reporter.track("export", 3 * len(PARTS)) as step:
         for part in PARTS:
@@ -277,13 +295,9 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
                 (f"fp16/{part}.onnx", partial(float_part, skeleton, baseline, half=True)),
                 (f"{part}.onnx", partial(quantized_part, skeleton, model, codes)),
             ):
-                paths += save_part(fill(), folder / name)
+                paths += save_part(fill(), out.path / "onnx" / name)
                 step()
-    if job.target is not None:
-        target = tensorrt_target(job)
-        with reporter.track(f"lower for {target.folder}", target.graphs) as step:
-            paths += target.lower(folder, out.path / "engines" / target.folder, step)
-    out.record("export", paths, **watch.taken(), options=_options_of("export", job))
+    return paths
 
 
 def _baseline(out: OutputDir, job: Job) -> Sam2Model:

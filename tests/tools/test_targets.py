@@ -19,6 +19,7 @@ from samq.calib.parts import IMAGE_ENCODER, PARTS
 from samq.engines import tensorrt
 from samq.engines.cuda import Device
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.errors import UsageError
 from samq.export.graph import int_attribute
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, PLACED, LoweredLayer, lower_for_tensorrt
@@ -26,6 +27,7 @@ from samq.export.placement import SHIPPED, fastest, load_placement
 from samq.export.tensorrt_targets import TARGETS
 from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
 from samq.quant.config import load_recipe, preset_names
+from samq.tools import stages
 from samq.tools.job import SHAPES, Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
@@ -36,10 +38,17 @@ GPU = Device("NVIDIA Orin", (8, 7), 30_000)
 
 
 @pytest.fixture
-def out(finished: tuple[Path, Answer], tmp_path: Path) -> Path:
-    """A copy of the finished job's output directory."""
-    shutil.copytree(finished[0], tmp_path / "out")
+def out(exported: Path, tmp_path: Path) -> Path:
+    """A copy of a job's output directory that was exported for TensorRT 8, and for ONNX Runtime before."""
+    shutil.copytree(exported, tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.fixture
+def dynamic(finished: tuple[Path, Answer], tmp_path: Path) -> Path:
+    """A copy of a finished job's output directory, with graphs of dynamic shapes."""
+    shutil.copytree(finished[0], tmp_path / "dynamic")
+    return tmp_path / "dynamic"
 
 
 @pytest.mark.parametrize("target", TENSORRT)
@@ -73,6 +82,26 @@ def test_the_lowered_engines_answer_as_those_of_onnx_runtime(out: Path) -> None:
         assert np.abs(answers[2][output] - expected).mean() > np.abs(answers[1][output] - expected).mean()
 
 
+def test_parts_of_the_same_shapes_are_lowered_as_they_are(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other shapes are traced anew, and so is what was changed."""
+    before = {path: path.stat().st_mtime_ns for path in (out / "onnx").rglob("*.onnx")}
+    traced: list[str] = []
+
+    def stop(model: object, part: str, shape: object) -> None:
+        traced.append(part)
+        raise UsageError("traced")
+
+    monkeypatch.setattr(stages, "trace", stop)
+    answer = samq("export", "--output-dir", out, "--target", "trt10")
+    assert answer.code == 0, answer.err
+    assert {path: path.stat().st_mtime_ns for path in (out / "onnx").rglob("*.onnx")} == before
+    assert OutputDir.open(out).done("export")
+    refused(samq("export", "--output-dir", out, "--target", "trt10", "--static-shapes"), 2, "traced")
+    next(iter(before)).unlink()
+    refused(samq("export", "--output-dir", out, "--target", "trt11"), 2, "traced")
+    assert traced == [IMAGE_ENCODER] * 2
+
+
 def test_a_branch_can_be_folded(out: Path) -> None:
     samq("export", "--output-dir", out, "--target", "trt8", "--low-rank", "fold")
     layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
@@ -92,12 +121,12 @@ def test_a_format_that_no_tensorrt_has_is_refused(inputs: Inputs, tmp_path: Path
 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
-def test_building_without_tensorrt_or_gpu_says_how_to_get_them(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_without_tensorrt_or_gpu_says_how_to_get_them(dynamic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAMQ_TENSORRT_PYTHON", raising=False)
     for chosen in ((), ("--target", "trt8")):
-        refused(samq("build", "--output-dir", out, "--engine", "tensorrt", *chosen), 5, "samq[tensorrt]")
-    refused(samq("build", "--output-dir", out, "--device", "cuda"), 5, "onnxruntime-gpu")
-    assert OutputDir.open(out).done("build")
+        refused(samq("build", "--output-dir", dynamic, "--engine", "tensorrt", *chosen), 5, "samq[tensorrt]")
+    refused(samq("build", "--output-dir", dynamic, "--device", "cuda"), 5, "onnxruntime-gpu")
+    assert OutputDir.open(dynamic).done("build")
 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
@@ -110,9 +139,9 @@ def test_a_job_for_an_engine_that_is_not_here_ends_before_it_begins(
     assert not out.exists()
 
 
-def test_a_plan_needs_graphs_that_were_exported_for_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_needs_graphs_that_were_exported_for_it(dynamic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", GPU))
-    build = ("build", "--output-dir", out, "--engine", "tensorrt")
+    build = ("build", "--output-dir", dynamic, "--engine", "tensorrt")
     refused(samq(*build), 2, "for dynamic shapes", "one image and any prompts", "export --target trt8`")
     refused(samq(*build, "--static-shapes"), 2, "take static shapes", "export --target trt8 --static-shapes`")
     refused(samq(*build, "--target", "trt10"), 2, "--target trt8")
