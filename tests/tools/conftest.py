@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from browser import Browser, browser, missing_browser
 from exported import float_model
+from filelock import FileLock
 from PIL import Image
 
 from samq.tools import cli, latency
@@ -80,9 +82,31 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """The small model as a checkpoint, six photos, and two of them annotated."""
-    folder = tmp_path_factory.mktemp("inputs")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of one run have in common, for what takes long to make."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder, filled by the worker that asks for it first."""
+    done = folder / "made"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(common: Path) -> Inputs:
+    """The small model as a checkpoint, six photos, and two of them annotated; not to be changed."""
+    folder = made_once(common / "inputs", _write_inputs)
+    return Inputs(folder / "checkpoint", folder / "photos", folder / "coco.json")
+
+
+def _write_inputs(folder: Path) -> None:
     float_model().save_pretrained(folder / "checkpoint")
     (folder / "photos").mkdir()
     random = np.random.default_rng(0)
@@ -108,7 +132,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         "categories": [{"id": 1, "name": "thing"}],
     }
     (folder / "coco.json").write_text(json.dumps(coco))
-    return Inputs(folder / "checkpoint", folder / "photos", folder / "coco.json")
 
 
 def whole_job(inputs: Inputs) -> list[object]:
@@ -120,21 +143,27 @@ def whole_job(inputs: Inputs) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+def finished(inputs: Inputs, common: Path) -> tuple[Path, Answer]:
     """The output directory of `run --json` and its answer; not to be changed."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    answer = samq("run", *whole_job(inputs), "--output-dir", out, "--json")
-    assert answer.code == 0, answer.err
-    return out, answer
+
+    def run(folder: Path) -> None:
+        answer = samq("run", *whole_job(inputs), "--output-dir", folder / "out", "--json")
+        assert answer.code == 0, answer.err
+        (folder / "answer.json").write_text(json.dumps(asdict(answer)), encoding="utf-8")
+
+    folder = made_once(common / "finished", run)
+    return folder / "out", Answer(**json.loads((folder / "answer.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")
-def exported(finished: tuple[Path, Answer], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(finished: tuple[Path, Answer], common: Path) -> Path:
     """The finished job (with low-rank branches), exported with static shapes; not to be changed."""
-    out = tmp_path_factory.mktemp("exported") / "out"
-    shutil.copytree(finished[0], out)
-    assert samq("export", "--output-dir", out, "--target", "trt8").code == 0
-    return out
+
+    def export(folder: Path) -> None:
+        shutil.copytree(finished[0], folder / "out")
+        assert samq("export", "--output-dir", folder / "out", "--target", "trt8").code == 0
+
+    return made_once(common / "exported", export) / "out"
 
 
 @pytest.fixture(scope="session")
