@@ -102,7 +102,7 @@ def run_stages(
                 if job.low_rank == AUTO and report["low_rank"] == "fold" and needed is not None:
                     run_build(out, job, reporter, branches_because=needed)
                     report = run_validate(out, job, recipe, data, gates, reporter)
-            elif out.done(stage) and out.stages[stage].get("options") == _options_of(stage, job):
+            elif out.stages.get(stage, {}).get("options") == _options_of(stage, job) and out.done(stage):
                 reporter.say(f"{stage}: done before, nothing changed")
             elif stage == "quantize":
                 assert checkpoint is not None
@@ -277,7 +277,7 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
 def _exported_before(out: OutputDir, job: Job) -> list[Path]:
     """The files in `onnx/` of an export for the same shapes; empty where there was none, or one was changed since."""
     earlier = out.stages.get("export", {})
-    if not out.done("export") or earlier.get("options", {}).get("shapes") != job.shapes:
+    if earlier.get("options", {}).get("shapes") != job.shapes or not out.done("export"):
         return []
     return [out.path / name for name in earlier["artifacts"] if Path(name).parts[0] == "onnx"]
 

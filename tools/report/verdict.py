@@ -137,7 +137,8 @@ def products(report: dict[str, Any]) -> str:
     """The GEMM kernels that a GPU launched, by their numbers; empty where none were traced."""
     totals: Counter[str] = Counter()
     for _, kind, launches, _ in kernel_rows(report):
-        totals.update({kind: launches} if kind.endswith(GEMM) else {})
+        if kind.endswith(GEMM):
+            totals[kind] += launches
     if not totals:
         return ""
     told = joined([f"{count} × {kind}" for kind, count in totals.most_common()])
