@@ -117,7 +117,9 @@ def test_kernels_tell_what_they_compute_with(tmp_path: Path, quantized: bool) ->
         found = by_kind(engine.kernels(feeds(1)))
     except MachineLacks as error:
         pytest.skip(str(error))
-    assert f"{'INT8' if quantized else 'FP16'} GEMM" in found
+    gemms = {"INT8 GEMM"} if quantized else {"FP16 GEMM", "TF32 GEMM"}  # 8.6 took TF32 once for so small a product
+    assert gemms & found.keys(), found
+    assert quantized or "INT8 GEMM" not in found
     engine.close()
 
 

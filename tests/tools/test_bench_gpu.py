@@ -769,7 +769,7 @@ def test_the_documents_are_the_records(name: str) -> None:
 def test_the_demo_model_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     rows = ["torch-eager", "ort-fp16", "trt-naive-fp16", "trt-fp16", "trt-w8a8"]
-    options = ["--models", DEMO, "--batches", "1", "--scenes", "2", "--level", "0"]
+    options = ["--models", DEMO, "--batches", "1", "--scenes", "2", "--level", "0", "--jobs", "8"]
     assert main(["--json", str(path), "--work", str(tmp_path), "--rows", *rows, *options]) == 0
     found = read_record(path)["cells"]
     assert found.keys() == {f"demo/1/{row}" for row in rows}
