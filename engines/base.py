@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +65,14 @@ class Executed:
 
     compute: str
     operator: str
+
+
+def together(gemms: Iterable[Executed]) -> Executed:
+    """What is executed for a layer of several GEMMs: the same for each, or all of it."""
+    gemms = tuple(gemms)
+    computes = dict.fromkeys(gemm.compute for gemm in gemms)
+    operators = dict.fromkeys(gemm.operator for gemm in gemms)
+    return Executed(" and ".join(computes), ", ".join(operators))
 
 
 def sidecar_of(path: Path) -> Path:

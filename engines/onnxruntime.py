@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from samq.engines.base import Arrays, Executed
+from samq.engines.base import Arrays, Executed, together
 from samq.engines.onnxruntime_options import CpuOptions, load_info
 from samq.errors import BadInput, MachineLacks, SamqError
 
@@ -95,12 +96,12 @@ def executed_layers(path: Path, options: CpuOptions = USUAL) -> dict[str, Execut
         session_options.optimized_model_filepath = str(optimized)
         _session(path, session_options)
         graph = onnx.load(optimized, load_external_data=False).graph
-    gemms: dict[str, dict[Executed, None]] = {}
+    gemms: defaultdict[str, list[Executed]] = defaultdict(list)
     for node in _nodes(graph):
         layer, _, role = node.name.partition("/")
         if role.startswith("MatMul") or (role.startswith("Add") and node.op_type in _EXECUTED):
-            gemms.setdefault(layer, {})[Executed(_compute(node), node.op_type)] = None
-    return {layer: _together(*found) for layer, found in gemms.items()}
+            gemms[layer].append(Executed(_compute(node), node.op_type))
+    return {layer: together(found) for layer, found in gemms.items()}
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -110,12 +111,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _nodes(attribute.g)
-
-
-def _together(*gemms: Executed) -> Executed:
-    """What is executed for a layer of several GEMMs: the same for each, or all of it."""
-    computes, operators = ({getattr(gemm, field): None for gemm in gemms} for field in ("compute", "operator"))
-    return Executed(" and ".join(computes), " and ".join(operators))
 
 
 def told(path: Path, error: Exception) -> SamqError:

@@ -15,7 +15,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +27,7 @@ import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from samq.engines.base import Executed
+from samq.engines.base import Executed, together
 from samq.engines.kernels import Kernel, require_cupti, trace
 from samq.engines.onnxruntime import INT8_ACCURACY, first_line, told
 from samq.errors import BadInput, MachineLacks, SamqError, UsageError
@@ -436,7 +436,8 @@ def executed_by(session: Any, path: Path, provider: str) -> Execution:
         if node.op_type == "MatMulNBits"
     }
     unpacked = _unpacked(graph, {event["name"].removesuffix("_kernel_time") for event in ran})
-    layers, elsewhere = {}, []
+    gemms: defaultdict[str, list[Executed]] = defaultdict(list)
+    elsewhere = []
     for event in ran:
         name, details = event["name"].removesuffix("_kernel_time"), event["args"]
         on_provider = details["provider"] == provider
@@ -445,8 +446,9 @@ def executed_by(session: Any, path: Path, provider: str) -> Execution:
         layer, _, role = name.partition("/")
         if role.startswith("MatMul") and details["op_name"] != "Cast":  # those that the runtime inserts borrow names
             compute = unpacked.get(name, "") + _compute(details, attributes.get(name, {}))
-            layers[layer] = Executed(compute if on_provider else f"{compute}, on the CPU", details["op_name"])
+            gemms[layer].append(Executed(compute if on_provider else f"{compute}, on the CPU", details["op_name"]))
     operators = Counter(event["args"]["op_name"] for event in ran)
+    layers = {layer: together(found) for layer, found in gemms.items()}
     return Execution(layers, dict(operators), tuple(elsewhere))
 
 

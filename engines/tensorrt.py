@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from samq.engines import tensorrt_build, tensorrt_refit
 from samq.engines.cuda import Device, find_device
@@ -22,6 +22,9 @@ from samq.engines.tensorrt_plan import BuildOptions, PlanInfo
 from samq.engines.tensorrt_process import Worker, WorkerEngine
 from samq.engines.tensorrt_progress import Progress, silent
 from samq.engines.tensorrt_run import TensorRtEngine
+
+_STARTED: dict[str, Worker] = {}  # one process for all plans, by interpreter
+_STARTING = Lock()
 
 
 def about() -> tuple[str, Device]:
@@ -87,11 +90,11 @@ def own_worker() -> Iterator[Worker]:
 
 
 def _worker() -> Worker | None:
+    """The process for all plans, started anew where one has ended: a crash costs its own call alone."""
     python = os.environ.get(ANOTHER_PYTHON)
-    return _started(python) if python else None
-
-
-@cache
-def _started(python: str) -> Worker:
-    """One process for all plans."""
-    return Worker(python)
+    if not python:
+        return None
+    with _STARTING:
+        if python not in _STARTED or _STARTED[python].has_ended:
+            _STARTED[python] = Worker(python)
+        return _STARTED[python]

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from samq.engines.base import Executed
+from samq.engines.base import Executed, together
 
 UNKNOWN = "unknown"
 MYELIN = "Myelin"
@@ -155,7 +155,7 @@ def executed(layers: Sequence[EngineLayer], gemms: Sequence[str]) -> dict[str, E
         layer, _, role = gemm.partition("/")
         if role:
             found[layer if role.startswith("MatMul") else gemm].append(_executed(gemm, layers))
-    return {name: _together(parts) for name, parts in found.items()}
+    return {name: together(parts) for name, parts in found.items()}
 
 
 def _executed(gemm: str, layers: Sequence[EngineLayer]) -> Executed:
@@ -173,10 +173,3 @@ def _executed(gemm: str, layers: Sequence[EngineLayer]) -> Executed:
 
 def _looks_like_a_gemm(layer: EngineLayer) -> bool:
     return layer.type != "Reformat" and any(_GEMM.search(text) for text in (layer.type, layer.tactic, layer.name))
-
-
-def _together(parts: Sequence[Executed]) -> Executed:
-    computes, operators = (
-        list(dict.fromkeys(values)) for values in zip(*((p.compute, p.operator) for p in parts), strict=True)
-    )
-    return Executed(" and ".join(computes), ", ".join(operators))

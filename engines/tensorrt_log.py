@@ -40,6 +40,7 @@ _SENTENCES: tuple[tuple[str, type[SamqError], str], ...] = (
     ),
     (r"Could not find any implementation for node (.+?)(?:\.\)|\.$|\)$|$)", BadInput, _NO_KERNEL),
 )
+_NO_OBJECT = "factory function returned nullptr"  # what the bindings say of a builder or runtime, whatever the reason
 _ORIGIN = re.compile(r"^(?:\d+: )?(?:\[\S+\] |\S+\.cpp:\d+: )?(?:Error Code \d+: )?")
 _NODE_NAME = re.compile(r'^(?:\S+\.cpp:\d+: )?name: "(.*)"$', re.MULTILINE)
 _NODE_TYPE = re.compile(r'^(?:\S+\.cpp:\d+: )?op_type: "(.*)"$', re.MULTILINE)
@@ -117,13 +118,15 @@ def _logger() -> Any:
 
 def failure(path: Path, log: Log) -> SamqError:
     """The error that explains why TensorRT failed with a file."""
-    for said in ("\n".join(log.of(ERROR)), "\n".join(log.of(WARNING))):
+    errors = [error for error in log.of(ERROR) if _NO_OBJECT not in error]
+    # warnings decide where there is no other reason alone: tactics are skipped for memory in builds that end well, too
+    for said in map("\n".join, (errors, () if errors else log.of(WARNING))):
         for pattern, error, sentence in _SENTENCES:
             found = re.search(pattern, said, re.MULTILINE)
             if found is not None:
                 return error(f"{path.name}: {sentence.format(*found.groups())}")
-    errors = log.of(ERROR) or ["no reason given"]
-    return BadInput(f"{path.name}: TensorRT fails ({plain(errors[0])}); its log has more")
+    reason = next(iter(log.of(ERROR)), "no reason given")
+    return BadInput(f"{path.name}: TensorRT fails ({plain(reason)}); its log has more")
 
 
 def parse_failure(path: Path, description: str, log: Log, version: str) -> BadInput:

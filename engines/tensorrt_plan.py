@@ -79,11 +79,11 @@ class BuildOptions:
             UsageError: a key or a value is wrong.
         """
         names = ("float32", "half_io", "tactics_off")
-        read: dict[str, Any] = {name: tuple(values[name]) for name in names if name in values}
-        read["ranges"] = {name: tuple(sizes) for name, sizes in values.get("ranges", USUAL_RANGES).items()}
         try:
+            read: dict[str, Any] = {name: tuple(values[name]) for name in names if name in values}
+            read["ranges"] = {name: tuple(sizes) for name, sizes in values.get("ranges", USUAL_RANGES).items()}
             return cls(**{**values, **read})
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise UsageError(f"build options: {error}") from error
 
 

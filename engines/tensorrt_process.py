@@ -95,6 +95,11 @@ class Worker:
         reason = said[-1] if said else "it said nothing"
         return MachineLacks(f"{self.python}: the TensorRT process ended with status {status} ({reason})")
 
+    @property
+    def has_ended(self) -> bool:
+        """It answers no more calls."""
+        return self._process.poll() is not None
+
     def about(self) -> tuple[str, Device]:
         """Version of its TensorRT, and its GPU."""
         answer = self.call("about")

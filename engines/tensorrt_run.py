@@ -185,9 +185,8 @@ class TensorRtEngine:
         if self._graph is None or shapes != self._captured:
             self._enqueue()  # a new shape settles what is launched, and must not do so while launches are recorded
             self._synchronize()
-            self._captured = shapes
             try:
-                self._graph = cuda.capture(self._enqueue, self._stream)
+                self._graph, self._captured = cuda.capture(self._enqueue, self._stream), shapes
             except MachineLacks as error:
                 if self._insists:
                     raise

@@ -102,7 +102,7 @@ def run_stages(
                 if job.low_rank == AUTO and report["low_rank"] == "fold" and needed is not None:
                     run_build(out, job, reporter, branches_because=needed)
                     report = run_validate(out, job, recipe, data, gates, reporter)
-            elif out.stages.get(stage, {}).get("options") == _options_of(stage, job) and out.done(stage):
+            elif _is_done(stage, out, job, reporter):
                 reporter.say(f"{stage}: done before, nothing changed")
             elif stage == "quantize":
                 assert checkpoint is not None
@@ -113,6 +113,22 @@ def run_stages(
             else:
                 run_build(out, job, reporter)
     return report or {"output_dir": str(out.path), "stages": list(stages)}
+
+
+def _is_done(stage: str, out: OutputDir, job: Job, reporter: Reporter) -> bool:
+    """Whether a stage's result is there, for these options, and serves on this machine."""
+    if out.stages.get(stage, {}).get("options") != _options_of(stage, job) or not out.done(stage):
+        return False
+    if stage != "build" or job.engine != "tensorrt":
+        return True
+    try:
+        target = tensorrt_target(job)
+    except MachineLacks:  # TensorRT is not at hand: what is done stays done
+        return True
+    misfit = target.misfit(out.path / "engines" / target.folder, out.stages[stage].get("placement"))
+    if misfit is not None:
+        reporter.say(f"build again: {misfit.partition(';')[0]}")
+    return misfit is None
 
 
 @contextmanager
@@ -348,8 +364,10 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: st
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
         paths += target.build(folder, step, reporter)
-    made = target.branches(folder) if isinstance(target, TensorRt) else None
-    out.record("build", paths, **watch.taken(), options=_options_of("build", job), low_rank=made)
+    made: dict[str, Any] = {"low_rank": None}
+    if isinstance(target, TensorRt):
+        made = {"low_rank": target.branches(folder), "placement": target.placement.layers}
+    out.record("build", paths, **watch.taken(), options=_options_of("build", job), **made)
 
 
 def run_validate(

@@ -41,7 +41,7 @@ from samq.export.lower_onnxruntime import lower_for_onnxruntime, requested_layer
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, LoweredLayer, lower_for_tensorrt
 from samq.export.parts import save_part
-from samq.export.placement import EVERYWHERE, Placement, load_placement, shipped_for
+from samq.export.placement import EVERYWHERE, Form, Placement, load_placement, shipped_for
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
@@ -354,6 +354,22 @@ class TensorRt:
                 step()
         return paths
 
+    def misfit(self, folder: Path, placed: Mapping[str, Form] | None) -> str | None:
+        """Why plans that were built once do not serve here, or None where they do, or no TensorRT is at hand.
+
+        Args:
+            placed: how their layers were placed, None where that was not noted.
+        """
+        try:
+            version, gpu = tensorrt.about()
+        except MachineLacks:
+            return None
+        for plan in (*self.files(folder), *self.files(folder / BASELINE)):
+            misfit = plan_info(plan).misfit(gpu, version) if plan.is_file() else "it is not there"
+            if misfit is not None:
+                return f"{plan.name}: {misfit}"
+        return None if placed in (None, self.placement.layers) else "samq places layers otherwise by now"
+
     def branches(self, folder: Path) -> Branch | None:
         """What became of the branches that neither placement nor format decides about; None where there are none."""
         open_to_choice = (
@@ -461,6 +477,8 @@ def _placement(job: Job) -> Placement:
         version, gpu = tensorrt.about()
     except MachineLacks:
         return EVERYWHERE
+    if job.target not in (None, _name_of(version)):
+        return EVERYWHERE  # nothing was measured with the other one
     return shipped_for(gpu.name, version)
 
 
@@ -471,10 +489,15 @@ def target_at_hand() -> TensorRtTarget:
         MachineLacks: there is no TensorRT or no GPU, or no target stands for this version.
     """
     version, _ = tensorrt.about()
-    name = f"trt{version.partition('.')[0]}"
+    name = _name_of(version)
     if name not in TARGETS:
         raise MachineLacks(f"TensorRT {version} is none of {', '.join(TARGETS)}; install one of these")
     return TARGETS[name]
+
+
+def _name_of(version: str) -> str:
+    """Of the target that a version of TensorRT takes, whether there is one or not."""
+    return f"trt{version.partition('.')[0]}"
 
 
 class _Told:

@@ -12,12 +12,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 from exported import canonical, float_model, largest_error, quantized, skeleton
-from onnx import helper
+from onnx import TensorProto, helper
 from small_model import pixels, recipe_of
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
 from samq.calib.prompts import boxes
 from samq.engines import onnxruntime_cuda
+from samq.engines.base import Executed
 from samq.engines.kernels import by_kind
 from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.onnxruntime_cuda import (
@@ -252,6 +253,20 @@ def test_layers_that_leave_the_provider_are_named(encoder: Path, tmp_path: Path)
     layer = next(name for name in quantized(W4).codes if name.startswith("vision_encoder."))
     assert execution.layers[layer].compute.endswith(", on the CPU")
     assert any("MultiHeadAttention" in node for node in execution.elsewhere)
+
+
+def test_a_layer_of_several_products_is_told_by_all_of_them(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["y"], "qkv/MatMul_0"),
+        helper.make_node("Cast", ["y"], ["codes"], "cast", to=TensorProto.UINT8),
+        helper.make_node("MatMulInteger", ["codes", "codes"], ["z"], "qkv/MatMul_1"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in "xy")
+    graph = helper.make_graph(nodes, "graph", [x], [y, helper.make_tensor_value_info("z", TensorProto.INT32, [2, 2])])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    layers = executed_by(on_cpu(path, tmp_path / "profile"), path, CPU).layers
+    assert layers == {"qkv": Executed("FP32 GEMM and unknown (MatMulInteger)", "MatMul, MatMulInteger")}
 
 
 def test_arithmetic_is_told_by_the_type_of_the_inputs(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ FAILURES: list[tuple[list[tuple[str, str]], type[SamqError], str]] = [
         BadInput,
         "no kernel for {ForeignNode[blocks.0.norm/LayerNormalization...blocks.1/Add]};",
     ),
+    ([(WARNING, SKIPPED), (ERROR, NO_SIZE)], BadInput, "dynamic input is missing dimensions"),
     ([(ERROR, NO_SIZE)], BadInput, "TensorRT fails (Internal Error (x: dynamic input is missing dimensions.))"),
     ([(INFO, "Graph optimization time: 0.1 seconds.")], BadInput, "no reason given"),
 ]

@@ -78,6 +78,8 @@ def test_options_read_as_they_were_written() -> None:
         ({"ranges": {"batch": (1, 2)}}, "range of batch"),
         ({"ranges": {"batch": (0, 1, 2)}}, "range of batch"),
         ({"optimisation": 3}, "optimisation"),
+        ({"tactics_off": None}, "build options: "),
+        ({"ranges": [1]}, "build options: "),
     ],
 )
 def test_wrong_options_are_one_line(values: dict[str, Any], text: str) -> None:

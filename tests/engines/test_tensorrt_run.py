@@ -114,6 +114,17 @@ def test_launches_that_cannot_be_recorded_are_made_one_by_one(
         TensorRtEngine(plan, cuda_graph=True).run(feeds(2))
 
 
+def test_another_shape_s_launches_are_not_replayed(plan: Path, device: SimulatedCuda) -> None:
+    engine = TensorRtEngine(plan, cuda_graph=True)
+    engine.run(feeds(2))
+    device.statuses["cudaStreamEndCapture"] = 4
+    for _ in range(2):
+        with pytest.raises(MachineLacks, match="cudaStreamEndCapture"):
+            engine.run(feeds(3))
+    del device.statuses["cudaStreamEndCapture"]
+    assert engine.run(feeds(3))["y"].tolist() == (2 * feeds(3)["x"] + feeds(3)["labels"]).tolist()
+
+
 def test_times_are_of_every_run(plan: Path, trt: Simulation) -> None:
     engine = TensorRtEngine(plan)
     copies = len(trt.values("IExecutionContext.set_input_shape"))

@@ -14,6 +14,7 @@ import pytest
 
 import samq
 from samq.engines import tensorrt
+from samq.engines.cuda import Device
 from samq.engines.kernels import Kernel
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.engines.tensorrt_process import Worker, WorkerEngine
@@ -131,10 +132,27 @@ def test_the_environment_names_the_interpreter(python: str, tmp_path: Path, monk
     monkeypatch.setenv("SAMQ_TENSORRT_PYTHON", python)
     with pytest.raises(MachineLacks, match="TensorRT is not installed"):
         tensorrt.about()
-    tensorrt._started(python).close()
+    tensorrt._STARTED.pop(python).close()
     monkeypatch.setenv("SAMQ_TENSORRT_PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(MachineLacks, match=r"nothing cannot be started \(No such file or directory\)"):
         tensorrt.about()
+
+
+def test_a_process_that_ended_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash costs the call that it happened in, and no other."""
+    answer = {"result": {"tensorrt": "8.6.0", "gpu": {"name": "Orin", "capability": [8, 7], "memory_mib": 1}}}
+    fragile = script(
+        tmp_path / "fragile",
+        f"#!{sys.executable}\nimport os, pathlib, sys\nsys.stdin.readline()\n"
+        f"been = pathlib.Path({str(tmp_path / 'been')!r})\n"
+        "if not been.exists():\n    been.touch()\n    os.abort()\n"
+        f"print({json.dumps(answer)!r}, flush=True)\nsys.stdin.readline()\n",
+    )
+    monkeypatch.setenv("SAMQ_TENSORRT_PYTHON", fragile)
+    with pytest.raises(MachineLacks, match="the TensorRT process ended with status -6"):
+        tensorrt.about()
+    assert tensorrt.about() == ("8.6.0", Device("Orin", (8, 7), 1))
+    tensorrt._STARTED.pop(fragile).close()
 
 
 def speaks(tmp_path: Path, *lines: str) -> Worker:

@@ -48,6 +48,7 @@ class TensorRtOnCpu:
         warnings: what is said while a plan is built.
         steps: of the monitor, which later versions have.
         traces: kernels can be recorded.
+        version, gpu: of the machine.
         built: graphs and options of all builds.
         refitted: plans that were refitted, and where to.
     """
@@ -58,12 +59,14 @@ class TensorRtOnCpu:
     warnings: tuple[str, ...] = ()
     steps: int = 0
     traces: bool = True
+    version: str = VERSION
+    gpu: Device = H100
     built: list[tuple[onnx.GraphProto, BuildOptions]] = field(default_factory=list)
     refitted: list[tuple[Path, Path]] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> TensorRtOnCpu:
         """Put it in TensorRT's place."""
-        monkeypatch.setattr(tensorrt, "about", lambda: (VERSION, H100))
+        monkeypatch.setattr(tensorrt, "about", lambda: (self.version, self.gpu))
         monkeypatch.setattr(tensorrt, "build_engine", self.build_engine)
         monkeypatch.setattr(tensorrt, "build_apart", self.build_engine)
         monkeypatch.setattr(tensorrt, "open_engine", self.open_engine)
@@ -87,9 +90,9 @@ class TensorRtOnCpu:
         log = Log([(INFO, "Global timing cache in use."), *((WARNING, text) for text in self.warnings)])
         log_of(plan_path).write_text(str(log), encoding="utf-8")
         info = PlanInfo(
-            gpu=H100.name,
-            capability=H100.capability,
-            tensorrt=VERSION,
+            gpu=self.gpu.name,
+            capability=self.gpu.capability,
+            tensorrt=self.version,
             onnx=onnx_path.name,
             onnx_sha256=sha256_of(onnx_path),
             strongly_typed=False,

@@ -31,7 +31,7 @@ from samq.tools import stages
 from samq.tools.job import SHAPES, Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
-from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of
+from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of, tensorrt_target
 
 TENSORRT = ("trt8", "trt10", "trt11")
 GPU = Device("NVIDIA Orin", (8, 7), 30_000)
@@ -241,9 +241,9 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
     }
     for (version, gpu), form in measured.items():
         monkeypatch.setattr(tensorrt, "about", lambda v=version, g=gpu: (v, Device(g, (9, 0), 1)))
-        assert target_of(Job("m", engine="tensorrt")).placement.form(block) == form  # type: ignore[union-attr]
-        unplaced = target_of(Job("m", engine="tensorrt", placement="none"))
-        assert unplaced.placement.form(block) == "int8"  # type: ignore[union-attr]
+        assert tensorrt_target(Job("m")).placement.form(block) == form
+        assert tensorrt_target(Job("m", target="trt11")).placement.form(block) == "int8"
+        assert tensorrt_target(Job("m", placement="none")).placement.form(block) == "int8"
 
 
 def test_shipped_placements_choose_the_fastest_form() -> None:

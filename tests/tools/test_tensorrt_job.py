@@ -13,8 +13,12 @@ from conftest import Answer, Inputs, refused, samq
 from tensorrt_on_cpu import TensorRtOnCpu
 
 from samq.calib.parts import PARTS
+from samq.engines import tensorrt
+from samq.engines.cuda import Device
 from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, load_info
+from samq.errors import MachineLacks
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED
+from samq.export.placement import Placement
 from samq.tools import targets
 from samq.tools.cli import LARGEST
 from samq.tools.progress import Reporter
@@ -122,6 +126,37 @@ def test_plans_of_another_job_are_refitted(out: Path, machine: TensorRtOnCpu, in
     refused(samq("build", "--output-dir", out, "--refit", other), 2, "refit", "--engine tensorrt")
     options = ("--engine", "tensorrt", "--refit", other, "--refittable")
     refused(samq("build", "--output-dir", out, *options), 2, "refittable: --refit takes plans as they were built")
+
+
+def test_plans_that_do_not_serve_here_are_built_again(
+    out: Path, machine: TensorRtOnCpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another GPU, another TensorRT, another placement that samq ships; and none of them where nothing is at hand."""
+    command = ("build", "--output-dir", out, "--engine", "tensorrt")
+
+    def built_again() -> str | None:
+        machine.built.clear()
+        answer = samq(*command)
+        assert answer.code == 0, answer.err
+        assert ("done before" in answer.err) == (not machine.built), answer.err
+        return answer.err if machine.built else None
+
+    assert built_again() is not None
+    assert built_again() is None
+    machine.gpu = Device("NVIDIA A100", (8, 0), 81559)
+    assert "build again: image_encoder.plan: it was built for NVIDIA H100" in str(built_again())
+    machine.version = "8.6.1"
+    assert "it was built for TensorRT 8.6.0, and this is 8.6.1" in str(built_again())
+    monkeypatch.setattr(targets, "shipped_for", lambda gpu, version: Placement(layers={"*": "fp16"}))
+    assert "samq places layers otherwise" in str(built_again())
+    (out / "engines/trt8/fp16/mask_decoder.plan").unlink()
+    assert built_again() is not None
+    monkeypatch.setattr(tensorrt, "about", no_tensorrt)
+    assert built_again() is None
+
+
+def no_tensorrt() -> tuple[str, Device]:
+    raise MachineLacks("no TensorRT here")
 
 
 def test_static_shapes_change_the_answers_to_clicks_alone(
