@@ -65,10 +65,14 @@ class Placement(BaseModel):
 
     def form(self, layer: str) -> Form:
         """The form of a layer: any but mlp, which is int8 or fp16 for a layer; int8 where no pattern matches."""
-        form: Form = next((form for pattern, form in self.layers.items() if fnmatchcase(layer, pattern)), "int8")
+        form = self.form_of_block(layer)
         if form == "mlp":
             return "int8" if fnmatchcase(layer, MLP) else "fp16"
         return form
+
+    def form_of_block(self, name: str) -> Form:
+        """The form that the first pattern names which `name`, a layer's or `<block>.`, matches; int8 where none does."""
+        return next((form for pattern, form in self.layers.items() if fnmatchcase(name, pattern)), "int8")
 
     def save(self, path: Path) -> Path:
         """Write the file; `load_placement` reads it back equal."""

@@ -107,10 +107,20 @@ class Place:
             for block, figure in self._measured(list(new.values()), form, values):
                 known[block.digest] = figure
                 reporter.say(f"{block.name} {form}: {told(figure)}")
-                found = figures_of(seen, known)
-                kept = {name: {**earlier.get(name, {}), **found.get(name, {})} for name in earlier | found}
-                self._fastest(found).model_copy(update={"blocks": kept}).save(path)
-        placement = self._fastest(figures_of(seen, known))
+                if form == "fp16" and figure.refused:
+                    reporter.warn(f"{block.name} computes something else in FP16, which every form has: {figure.refused}")
+                self._save(figures_of(seen, known), earlier, path)
+        found = figures_of(seen, known)
+        return self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)
+
+    def _save(self, found: Figures, earlier: Figures, path: Path) -> Placement:
+        """Write the fastest of what this run is about, and all that was measured.
+
+        Args:
+            earlier: what the file held, other forms among it.
+        """
+        kept = {name: {**earlier.get(name, {}), **found.get(name, {})} for name in earlier | found}
+        placement = fastest(found, self.gpu, self.tensorrt, self.budget).model_copy(update={"blocks": kept})
         placement.save(path)
         return placement
 
@@ -151,9 +161,6 @@ class Place:
             for future, once_more in zip(futures, alone, strict=True)
         ]
 
-    def _fastest(self, blocks: Figures) -> Placement:
-        return fastest(blocks, self.gpu, self.tensorrt, self.budget)
-
     def _earlier(self, path: Path) -> Figures:
         """What the file holds.
 
@@ -192,8 +199,8 @@ def place(
 
     Raises:
         UsageError: the job was exported with dynamic shapes, or an option does not fit.
-        MachineLacks: there is no GPU or no TensorRT, or it cannot build a block in FP16.
-        BadInput: the job is not exported, or its images cannot be read.
+        MachineLacks: there is no GPU or no TensorRT.
+        BadInput: the job is not exported, its images cannot be read, or TensorRT cannot build a block in FP16.
     """
     out.require("export")
     unknown = ", ".join(sorted(set(without) - set(REWRITES)))
@@ -289,7 +296,7 @@ def table(placement: Placement) -> list[str]:
     rows.append(["---"] * len(rows[0]))
     for block, figures in placement.blocks.items():
         cells = [_cell(figures.get(form)) for form in forms] + [_worth(figures) for _ in worth]
-        rows.append([block, *cells, placement.form(f"{block}.")])
+        rows.append([block, *cells, placement.form_of_block(f"{block}.")])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 

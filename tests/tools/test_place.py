@@ -94,7 +94,10 @@ def test_the_placement_is_what_the_lowering_takes(
 
 def test_int8_in_mlps_alone_can_be_measured(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = TensorRtOnCpu(int8_wins).install(monkeypatch)
-    placement = placed(exported, tmp_path / "placement.yaml", "--forms", "mlp")
+    path = tmp_path / "placement.yaml"
+    answer = samq("place", "--output-dir", exported, "--out", path, "--forms", "mlp")
+    placement = load_placement(path)
+    assert [line.split()[-2] for line in answer.out.splitlines() if line.startswith(f"| {BLOCKS[0]}")] == ["mlp"]
     assert [placement.form(f"{BLOCKS[0]}.{layer}") for layer in ("mlp.proj_in", "attn.qkv")] == ["int8", "fp16"]
     quantized = {
         node.name.partition("/")[0]
@@ -116,6 +119,7 @@ def test_what_is_measured_is_not_measured_again(
     builds = len(machine.built)
     assert placed(exported, path) == whole
     assert len(machine.built) == builds
+    assert placed(exported, path, "--forms", "fp16").blocks == whole.blocks, "other forms are kept"
     placed(exported, path, "--optimization-level", 5)
     assert len(machine.built) == 2 * builds
 
@@ -209,6 +213,16 @@ def test_a_form_that_fails_or_computes_something_else_does_not_win(
     assert placed(exported, path).blocks[BLOCKS[3]]["fold"].milliseconds == 1.0, "failures are tried again"
 
 
+def test_fp16_that_computes_something_else_is_warned_of(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TensorRtOnCpu(int8_wins, spoils=lambda graph: block_of(graph) == BLOCKS[1]).install(monkeypatch)
+    answer = samq("place", "--output-dir", exported, "--out", tmp_path / "placement.yaml")
+    assert answer.code == 0
+    assert f"{BLOCKS[1]} computes something else in FP16" in answer.err
+    assert load_placement(tmp_path / "placement.yaml").form(f"{BLOCKS[1]}.x") == "fp16"
+
+
 def test_without_fp16_there_is_nothing_to_compare_with(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +246,7 @@ def test_a_budget_buys_accuracy(exported: Path, tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "placement.yaml"
     fastest = placed(exported, path, "--timing-cache", "none")
     assert {options.timing_cache for _, options in machine.built} == {None}
-    assert "branch" not in fastest.layers.values() or "fold" in fastest.layers.values()
+    assert {fastest.form(f"{block}.x") for block in BLOCKS} == {"branch", "fold"}
     richest = placed(exported, path, "--budget", 200)
     assert {richest.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
 
