@@ -9,11 +9,10 @@ import onnx_ir as ir
 
 from samq.engines.lint_nodes import QUANTIZERS, Findings
 from samq.export.graph import constant_of, int_attribute, producer
-from samq.export.tensorrt_targets import TensorRtTarget
+from samq.export.tensorrt_targets import SMALLEST_GEMM, TensorRtTarget
 
 QUANTIZED = ("MatMul", "Gemm", "Conv", "ConvTranspose")  # what TensorRT fuses with a DequantizeLinear
 GEMMS = ("MatMul", "Gemm")
-SMALLEST_GEMM = 16
 
 
 def _quantizers(model: ir.Model) -> Iterator[ir.Node]:

@@ -56,25 +56,15 @@ class CudaOptions:
     Args:
         device: number of the GPU.
         cuda_graph: record and replay the kernels; None for wherever shapes are static.
-        memory_limit: bytes that the provider's arena may take, None for all there are.
-        arena: how the arena grows: to the next power of two, or by what is asked for.
-        conv_search: how cuDNN's algorithm for a convolution is chosen; "EXHAUSTIVE" times all at the first run.
-        nhwc: run convolutions channels last.
         attention: kernel of fused attention, "default" for the provider's own order of preference.
         gemm_bias: let the runtime make one Gemm of a MatMul and its bias, as it does unasked. CUDA runs two GEMMs for
             it, one of which spreads the bias (math/gemm.cc), and an Add is faster (docs/onnxruntime-cuda.md).
-        tunable: time the provider's tunable operators at the first run and take the fastest variants.
     """
 
     device: int = 0
     cuda_graph: bool | None = None
-    memory_limit: int | None = None
-    arena: Literal["kNextPowerOfTwo", "kSameAsRequested"] = "kNextPowerOfTwo"
-    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"] = "EXHAUSTIVE"
-    nhwc: bool = False
     attention: Literal["default", "flash", "efficient", "cudnn", "unfused"] = "default"
     gemm_bias: bool = False
-    tunable: bool = False
 
     def for_provider(self, *, cuda_graph: bool) -> dict[str, str]:
         """The provider's own options.
@@ -84,15 +74,8 @@ class CudaOptions:
         options = {
             "device_id": str(self.device),
             "enable_cuda_graph": str(int(cuda_graph)),
-            "arena_extend_strategy": self.arena,
-            "cudnn_conv_algo_search": self.conv_search,
-            "prefer_nhwc": str(int(self.nhwc)),
-            "tunable_op_enable": str(int(self.tunable)),
-            "tunable_op_tuning_enable": str(int(self.tunable)),
             "enable_skip_layer_norm_strict_mode": "1",
         }
-        if self.memory_limit is not None:
-            options["gpu_mem_limit"] = str(self.memory_limit)
         if self.attention != "default":
             options["sdpa_kernel"] = str({"flash": 1, "efficient": 2, "cudnn": 8, "unfused": 16}[self.attention])
         return options

@@ -79,7 +79,6 @@ def lower_for_onnxruntime_cuda(
     *,
     weights: Weights = "dequantized at load",
     separate: bool = True,
-    pairs: bool = True,
     planes: bool = True,
 ) -> Lowered:
     """Lower a canonical or a float model in place.
@@ -88,7 +87,6 @@ def lower_for_onnxruntime_cuda(
         weights: keep them in 4 and 8 bits, for a session to dequantize them once, when it is made, or packed for
             MatMulNBits; or write them dequantized, in FP16.
         separate: see `separate_parts`.
-        pairs: see `pair_maxima`.
         planes: see `pad_planes`.
 
     Raises:
@@ -100,9 +98,7 @@ def lower_for_onnxruntime_cuda(
     rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
     if separate:
         rewrites.append(separate_parts(model))
-    rewrites.append(sink_biases(model))
-    if pairs:
-        rewrites.append(pair_maxima(model))
+    rewrites += [sink_biases(model), pair_maxima(model)]
     if planes:
         rewrites.append(pad_planes(model))
     rewrites.append(merge_moves(model))

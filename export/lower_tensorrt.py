@@ -42,11 +42,10 @@ from samq.export.opset17 import to_opset17
 from samq.export.placement import EVERYWHERE, Form, Placement
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_rewrites import rewrite
-from samq.export.tensorrt_targets import TensorRtTarget
+from samq.export.tensorrt_targets import SMALLEST_GEMM, TensorRtTarget
 from samq.export.tensorrt_weights import fp16_error, int4_blocks, int4_weight, int8_weight, rounded_to_int8
 
 FLOAT = ir.DataType.FLOAT
-SMALLEST_GEMM = 16  # inputs or outputs; INT8 tensor cores take K in steps of 16 and more
 UNSIGNED_ZERO = 128  # the uint8 zero-point that is int8's 0
 PLACED = "faster in FP16: placed there"
 FLOAT_GEMM, INT8_GEMM, INT4_GEMM = "FP16 GEMM", "INT8 GEMM", "INT4 weights, FP16 arithmetic"

@@ -71,7 +71,7 @@ class Placement(BaseModel):
         return form
 
     def form_of_block(self, name: str) -> Form:
-        """The form that the first pattern names which `name`, a layer's or `<block>.`, matches; int8 where none does."""
+        """The form of the first pattern that matches `name`, a layer's or `<block>.`; int8 where none does."""
         return next((form for pattern, form in self.layers.items() if fnmatchcase(name, pattern)), "int8")
 
     def save(self, path: Path) -> Path:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+SMALLEST_GEMM = 16  # inputs or outputs; INT8 tensor cores take K in steps of 16 and more
+
 
 @dataclass(frozen=True)
 class TensorRtTarget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 
+from samq.engines import tensorrt
+from samq.engines.tensorrt_log import ANOTHER_PYTHON
+from samq.errors import MachineLacks
 from samq.quant.config import load_recipe, preset_names
 from samq.tools.report.environment import environment
 from samq.tools.targets import executions
@@ -22,7 +26,7 @@ def examine() -> dict[str, Any]:
         "onnxruntime_providers": onnxruntime.get_available_providers(),
         "gpu": _gpu(),
         "torch_cuda": torch.cuda.is_available(),
-        "tensorrt": _version("tensorrt"),
+        "tensorrt": _tensorrt(),
         "cupti_python": _version("cupti-python"),
         "modelopt": _version("nvidia-modelopt"),
         "triton_client": _version("tritonclient"),
@@ -52,6 +56,17 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tensorrt() -> str | None:
+    """Version of the TensorRT that samq uses, which may be another interpreter's."""
+    python = os.environ.get(ANOTHER_PYTHON)
+    if not python:
+        return _version("tensorrt")
+    try:
+        return f"{tensorrt.about()[0]}, of {python}"
+    except MachineLacks as error:
+        return f"none ({error})"
 
 
 def _gpu() -> list[str]:

@@ -108,7 +108,7 @@ class Place:
                 known[block.digest] = figure
                 reporter.say(f"{block.name} {form}: {told(figure)}")
                 if form == "fp16" and figure.refused:
-                    reporter.warn(f"{block.name} computes something else in FP16, which every form has: {figure.refused}")
+                    reporter.warn(f"{block.name} computes something else in FP16: {figure.refused}")
                 self._save(figures_of(seen, known), earlier, path)
         found = figures_of(seen, known)
         return self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)

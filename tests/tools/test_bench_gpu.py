@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ import pytest
 import torch
 from exported import as_written, float_model
 from lowered import FLIPPED_CODES, HALF_ERROR
+from onnx import TensorProto, helper
 from small_model import IMAGE_SIZE, pixels, relative
+from tensorrt_on_cpu import TensorRtOnCpu
 
 from samq.calib.parts import ENCODER_OUTPUTS, ImageEncoder
 from samq.calib.processor import SamProcessor
@@ -315,7 +318,8 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_what_is_not_there_cannot_be_asked_for() -> None:
     cells = [["--cells", key] for key in ("tiny/1/trt-int2", "huge/1/trt-fp16", "tiny/0/trt-fp16", "tiny/trt-fp16")]
-    for wrong in (["--rows", "trt-int2"], ["--models", "huge"], ["--batches", "0"], ["--level", "6"], *cells):
+    late = [["--seconds-left", "60", f"--{only}"] for only in ("build", "prepare")]
+    for wrong in (["--rows", "trt-int2"], ["--models", "huge"], ["--batches", "0"], ["--level", "6"], *late, *cells):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2
@@ -487,7 +491,7 @@ def test_plans_are_built_alone(
     """All of all cells; what cannot be built costs the others nothing."""
     built: list[Path] = []
 
-    def build_plan(onnx_path: Path, folder: Path, options: BuildOptions) -> Path:
+    def build_plan(onnx_path: Path, folder: Path, options: BuildOptions, machine: str) -> Path:
         if "naive" in onnx_path.name:
             raise MachineLacks("out of memory")
         built.append(onnx_path)
@@ -512,34 +516,28 @@ def test_plans_are_built_alone(
 def test_a_plan_is_built_once_for_one_graph_and_one_way_to_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by rows that are built at the same time."""
-    built: list[Path] = []
-
-    def build_apart(_: Path, plan: Path, options: BuildOptions) -> None:
-        time.sleep(0.05)
-        built.append(plan)
-        plan.touch()
-
-    def info(plan: Path) -> None:
-        if not plan.exists():
-            raise BadInput(f"{plan} is missing")
-
-    monkeypatch.setattr(tensorrt, "build_apart", build_apart)
-    monkeypatch.setattr(runtimes, "load_info", info)
-    for name in ("one", "same", "other"):
-        (tmp_path / name).write_bytes(b"1" if name != "other" else b"2")
+    """Also by rows that are built at the same time; on another machine it is another plan."""
+    machine = TensorRtOnCpu().install(monkeypatch)
+    for name, operator in (("one", "Neg"), ("same", "Neg"), ("other", "Abs")):
+        ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, [1]) for end in "xy"]
+        nodes = [helper.make_node(operator, ["x"], ["y"], "node")]
+        onnx.save(helper.make_model(helper.make_graph(nodes, "graph", ends[:1], ends[1:])), tmp_path / name)
     with ThreadPoolExecutor(2) as pool:
         plans = list(pool.map(lambda name: build(tmp_path / name, tmp_path), ("one", "same")))
     assert plans[0] == plans[1]
-    assert built == plans[:1]
-    others = [build(tmp_path / "other", tmp_path), build(tmp_path / "one", tmp_path, float32=("norm",))]
-    assert len({plans[0], *others}) == 3
+    assert len(machine.built) == 1
+    one = tmp_path / "one"
+    others = [build(tmp_path / "other", tmp_path), build(one, tmp_path, "A100")]
+    others.append(build(one, tmp_path, float32=("norm",)))
+    assert len({plans[0], *others}) == len(machine.built) == 4
     monkeypatch.setattr(runtimes, "digest_of", lambda *_: "new code")
-    assert build(tmp_path / "one", tmp_path) not in built[:-1]
+    assert build(one, tmp_path) not in {plans[0], *others}
+    assert build(one, tmp_path).is_file()
+    assert len(machine.built) == 5
 
 
-def build(onnx_path: Path, folder: Path, float32: tuple[str, ...] = ()) -> Path:
-    return runtimes.build_plan(onnx_path, folder, BuildOptions(float32=float32))
+def build(onnx_path: Path, folder: Path, machine: str = "H100", float32: tuple[str, ...] = ()) -> Path:
+    return runtimes.build_plan(onnx_path, folder, BuildOptions(float32=float32), machine)
 
 
 def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,6 +557,8 @@ def test_a_cell_has_its_figures(subject: Subject, made: Graphs, monkeypatch: pyt
     assert 0 < figures["largest_fold_error"] < 0.1
     assert figures["note"].startswith("random weights")
     assert figures["note"].endswith("; on the CPU")
+    peer = replace(of_small.build(chosen, of_small.lower(chosen)), facts={"note": "of its fusions"})
+    assert of_small.figures(chosen, peer)["note"].endswith("; of its fusions; on the CPU")
     json.dumps(figures)
 
 

@@ -332,6 +332,11 @@ def test_doctor_tells_the_machine_and_what_engines_execute() -> None:
     assert facts["onnxruntime"] in text
 
 
+def test_doctor_tells_the_tensorrt_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMQ_TENSORRT_PYTHON", str(tmp_path / "nothing"))
+    assert "nothing cannot be started (No such file" in samq("doctor", "--json").json["tensorrt"]
+
+
 def test_a_dataset_of_the_users_own_is_calibrated_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,10 @@ from samq.tools.demo.dataset import SCENES
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, prepare or print; returns the exit code."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.seconds_left is not None and (given.prepare or given.build):
+        parser.error("--seconds-left is for measuring")
     try:
         if given.table:
             print(markdown(read_record(given.json)), end="")

@@ -74,6 +74,7 @@ class Bench:
     def __init__(self, subject: Subject, work: Path, at_hand: Callable[[], AtHand], level: int, scenes: int) -> None:
         self.subject, self.scenes = subject, scenes
         self.graphs = Graphs(subject, work, at_hand)
+        self._at_hand = at_hand
         self._plans = work / "plans"
         self._options = BuildOptions(optimization_level=level, timing_cache=str(work / "timing"))
         self._images: dict[int, tuple[Pixels, NDArray[np.float32]]] = {}
@@ -111,12 +112,13 @@ class Bench:
         """
         if cell.row.engine != "tensorrt":
             return graph.path
-        return runtimes.build_plan(graph.path, self._plans, self._asked(graph))
+        return runtimes.build_plan(graph.path, self._plans, self._asked(graph), self._at_hand().machine)
 
     def is_built(self, cell: Cell, lowered: Lowered) -> bool:
         """Whether nothing of a cell is left to build."""
         return cell.row.engine != "tensorrt" or all(
-            runtimes.is_whole(runtimes.plan_of(graph.path, self._plans, self._asked(graph))) for graph in lowered.graphs
+            runtimes.is_whole(runtimes.plan_of(graph.path, self._plans, self._asked(graph), self._at_hand().machine))
+            for graph in lowered.graphs
         )
 
     def _asked(self, graph: Graph) -> BuildOptions:
@@ -130,11 +132,13 @@ class Bench:
         """
         pixels, expected = self._images_of(cell.batch)
         runtimes.give_memory_back()
-        figures = self._measured(cell, built, pixels).figures(expected) | built.facts
-        if cell.row.preset is not None:
-            figures["simulated_error"] = self._simulated_error(cell.row.preset, pixels, expected)
-        if cell.row.preset is not None and not self.subject.is_demo:
-            figures["note"] = "; ".join(filter(None, (self.subject.note(cell.row.preset), figures.get("note"))))
+        measured, preset = self._measured(cell, built, pixels).figures(expected), cell.row.preset
+        figures = measured | built.facts
+        if preset is not None:
+            figures["simulated_error"] = self._simulated_error(preset, pixels, expected)
+        of_model = None if preset is None or self.subject.is_demo else self.subject.note(preset)
+        if notes := [note for note in (of_model, built.facts.get("note"), measured.get("note")) if note]:
+            figures["note"] = "; ".join(notes)
         return figures
 
     def _measured(self, cell: Cell, built: Built, pixels: Pixels) -> runtimes.Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -39,10 +40,12 @@ class AtHand:
     Args:
         target: of the lowering.
         placement: that samq ships for them.
+        machine: both by name; plans serve on one of them alone.
     """
 
     target: TensorRtTarget
     placement: Placement = EVERYWHERE
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,19 @@ class Graphs:
         return shell_of(self.subject.model, self.subject.name, form, batch, self.work / "shells")
 
     def _kept(self, cell: Cell, part: str, write: Callable[[Path], dict[str, Any]]) -> Graph:
-        kind = self._at_hand().target.name if cell.row.engine == "tensorrt" else "cuda"
+        kind = self._kind() if cell.row.engine == "tensorrt" else "cuda"
         path = self.work / "graphs" / f"{cell.key.replace('/', '-')}-{part}-{kind}-{code_digest(cell)}.onnx"
         notes = path.with_suffix(".json")
         if not (path.is_file() and notes.is_file()):
             write_json(notes, write(path))
         told = json.loads(notes.read_text(encoding="utf-8"))
         return Graph(path, tuple(told["float32"]), told["facts"])
+
+    def _kind(self) -> str:
+        """What a graph for TensorRT depends on besides the code."""
+        at_hand = self._at_hand()
+        placed = hashlib.sha256(str(at_hand.placement.layers).encode()).hexdigest()[:8]
+        return f"{at_hand.target.name}-{placed}"
 
     def _write_encoder(self, cell: Cell, path: Path) -> dict[str, Any]:
         row = cell.row

@@ -47,6 +47,7 @@ LONGEST_CELL = 120.0  # seconds of a cell on ONNX Runtime, which is ended then
 MEGA = 1e6
 BUILDER_CODE = ("samq.engines.tensorrt_worker",)
 _BUILDING: defaultdict[Path, Lock] = defaultdict(Lock)
+_LOCKING = Lock()
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,9 @@ def _told_of(command: Sequence[str], longest: float) -> dict[str, Any]:
     raise kind(reason if known else f"ONNX Runtime's process ended with status {done.returncode} at: {last} ({reason})")
 
 
-def plan_of(onnx: Path, folder: Path, options: BuildOptions) -> Path:
-    """Where the plan of a graph is kept: one for the same graph, options and code."""
-    how = hashlib.sha256(f"{options} {digest_of(BUILDER_CODE, KERNEL_NAMES)}".encode()).hexdigest()
+def plan_of(onnx: Path, folder: Path, options: BuildOptions, machine: str) -> Path:
+    """Where the plan of a graph is kept: one for the same graph, options, machine and code."""
+    how = hashlib.sha256(f"{options} {machine} {digest_of(BUILDER_CODE, KERNEL_NAMES)}".encode()).hexdigest()
     return folder / f"{sha256_of(onnx)[:16]}-{how[:16]}.plan"
 
 
@@ -188,14 +189,19 @@ def is_whole(plan: Path) -> bool:
     return True
 
 
-def build_plan(onnx: Path, folder: Path, options: BuildOptions) -> Path:
+def build_plan(onnx: Path, folder: Path, options: BuildOptions, machine: str) -> Path:
     """The plan of a graph, from `folder` where the same was built there before.
+
+    Args:
+        machine: GPU and TensorRT that it is for.
 
     Raises:
         SamqError: as `samq.engines.tensorrt_build.build_engine`.
     """
-    plan = plan_of(onnx, folder, options)
-    with _BUILDING[plan]:  # two rows may have one graph
+    plan = plan_of(onnx, folder, options, machine)
+    with _LOCKING:
+        alone = _BUILDING[plan]  # two rows may have one graph
+    with alone:
         if not is_whole(plan):
             tensorrt.build_apart(onnx, plan, options)
     return plan

@@ -30,6 +30,7 @@ from samq.tools.targets import target_at_hand
 
 NO_GPU = "this measures an NVIDIA GPU, and PyTorch sees none; run it on one (--prepare and --table need none)"
 LONGEST_REASON = 300  # characters
+MASKS_SECONDS = 120.0  # that the masks of a cell may take; a guess
 BenchOf = Callable[[str], Bench]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -124,7 +125,7 @@ def measure(cells: Sequence[Cell], settings: Settings) -> None:
             print(progress_line(cell, figures), flush=True)
     for cell in filter(record.lacks_masks, cells):  # after all times, for it takes minutes
         bench = bench_of(cell.model)
-        late = settings.deadline is not None and time.monotonic() > settings.deadline
+        late = settings.deadline is not None and time.monotonic() + MASKS_SECONDS > settings.deadline
         if late or (settings.built and not _is_built(bench, cell)):
             print(f"left for later: {cell.key}, masks", flush=True)
             continue
@@ -149,7 +150,7 @@ def _benches(settings: Settings, device: str) -> BenchOf:
 @cache
 def _at_hand() -> AtHand:
     version, gpu = tensorrt.about()
-    return AtHand(target_at_hand(), shipped_for(gpu.name, version))
+    return AtHand(target_at_hand(), shipped_for(gpu.name, version), f"{gpu.name}, TensorRT {version}")
 
 
 def _figures(bench_of: BenchOf, group: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
