@@ -103,6 +103,8 @@ def _read(path: Path) -> tuple[list[_Entry], dict[int | str, list[Any]] | None]:
         raise _not_coco(path, reason(error)) from error
     if not entries:
         raise _not_coco(path, "no images")
+    if segmentations and not segmentations.keys() & {entry.key for entry in entries}:
+        raise _not_coco(path, "no segmentation has the id of one of the images as its image_id")
     return entries, segmentations if has_masks else None
 
 

@@ -1,7 +1,7 @@
 """`samq-export`: the command line.
 
 Exit codes: 0 done · 2 bad usage or config · 3 accuracy gate missed · 4 engine slower than asked · 5 the machine lacks
-what was asked for · 6 bad input data or checkpoint · 130 interrupted.
+what was asked for · 6 bad input data, checkpoint or output directory · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 
 from samq import __version__
 from samq.errors import AccuracyGateMissed, SamqError, SpeedGateMissed, UsageError
+
+if TYPE_CHECKING:
+    from samq.tools.job import Job
 
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
 FORMS = ("fp16", "mlp", "branch", "int8", "fold")  # as in samq.export.placement
@@ -39,7 +42,7 @@ EPILOG = """
 \b
 Exit codes: 0 done; 2 bad usage or config; 3 accuracy gate missed;
 4 engine slower than asked; 5 the machine lacks what was asked for;
-6 bad input data or checkpoint.
+6 bad input data, checkpoint or output directory; 130 interrupted.
 """
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -688,6 +691,7 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     from samq.quant.plan import make_plan, require_layers
     from samq.tools.gates import check_gates_can_be_told
     from samq.tools.job import FIELDS, Job, open_data
+    from samq.tools.outdir import alone_in
     from samq.tools.plan_table import plan_as_json, print_plan
     from samq.tools.progress import Reporter
     from samq.tools.stages import claim, load, recipe_of, run_stages
@@ -705,6 +709,7 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
         else:
             print_plan(model, recipe, job.parts)
         return
+    _check_placement(options, job, lowers=True)
     if "build" in stages:
         target_of(job).require()
     data = open_data(job, recipe)
@@ -712,8 +717,10 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
     check_gates_can_be_told(data, gates)
     checkpoint = load(job)
     require_layers(make_plan(checkpoint.model, recipe, job.parts))
-    out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
-    _finish(options, run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint))
+    with alone_in(options["output_dir"]):
+        out = claim(options["output_dir"], job, recipe, checkpoint, data, options["force"])
+        result = run_stages(out, job, recipe, stages, gates, reporter, data, checkpoint)
+    _finish(options, result)
 
 
 def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
@@ -722,7 +729,7 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
 
     from samq.quant.config import load_recipe
     from samq.tools.job import Job, open_evaluation
-    from samq.tools.outdir import OutputDir
+    from samq.tools.outdir import OutputDir, alone_in
     from samq.tools.progress import Reporter
     from samq.tools.stages import run_stages
 
@@ -733,7 +740,28 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
     gates = (options.get("min_relative_miou"), options.get("min_speedup"))
     calibrated_on = out.detail("quantize", "calibration_fingerprint")
     data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
-    _finish(options, run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data))
+    _check_placement(options, job, lowers=stage == "export")
+    with alone_in(out.path):
+        result = run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data)
+    _finish(options, result)
+
+
+def _check_placement(options: dict[str, Any], job: Job, *, lowers: bool) -> None:
+    """Read a placement before anything is done.
+
+    Args:
+        lowers: graphs are lowered for the job's target, whatever its engine.
+
+    Raises:
+        UsageError: the command line gives one that no target heeds, or that cannot be read.
+    """
+    from samq.tools.targets import tensorrt_target
+
+    if options.get("placement") is None:
+        return
+    if job.engine != "tensorrt" and not (lowers and job.target is not None):
+        raise UsageError("--placement is for TensorRT; add --engine tensorrt, or --target")
+    tensorrt_target(job)
 
 
 def _command() -> list[str]:

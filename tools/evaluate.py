@@ -123,7 +123,7 @@ def evaluate(
 
 def summarize(records: list[Record]) -> dict[str, Any]:
     """The report's `accuracy` section."""
-    annotated = any(record.area is not None for record in records)
+    annotated = all(record.area is not None for record in records)
     agreements = [record.agreement for record in records]
     return {
         **_summary(records),

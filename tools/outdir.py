@@ -14,9 +14,12 @@ bench.json          what `samq-export bench` measured
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,8 @@ class OutputDir:
         job: what was asked for, as JSON values; enough to go on from here.
         fingerprint: hex digest of configuration, checkpoint, calibration data and code.
         stages: stage → {"artifacts": {relative path: sha256}, …}, with what `samq.tools.watch.Watch` took.
-        superseded: relative paths of another job's artifacts, which stay until this one has something to put there.
+        superseded: relative paths of artifacts that are no stage's any more, another job's or those of stages done
+            again. They stay until a new job has something to put there.
     """
 
     path: Path
@@ -74,9 +78,12 @@ class OutputDir:
             content = json.loads(manifest.read_text(encoding="utf-8"))
             if not all(isinstance(stage["artifacts"], dict) for stage in content["stages"].values()):
                 raise ValueError("a stage without artifacts")
-            return OutputDir(path, dict(content["job"]), str(content["fingerprint"]), content["stages"])
+            superseded = tuple(map(str, content.get("superseded", ())))
+            return OutputDir(path, dict(content["job"]), str(content["fingerprint"]), content["stages"], superseded)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{manifest} is unreadable ({error!r}); run again with --force") from error
+            raise BadInput(
+                f"{manifest} is unreadable ({error!r}); run `samq-export quantize` again with --force"
+            ) from error
 
     @staticmethod
     def claim(path: Path, job: dict[str, Any], fingerprint: str, force: bool) -> OutputDir:
@@ -97,10 +104,10 @@ class OutputDir:
             if (path / MANIFEST).is_file():
                 _remove_leftovers(path)
                 if force:
-                    return OutputDir(path, job, fingerprint, superseded=_artifacts_in(path))
+                    return OutputDir(path, job, fingerprint, superseded=(*_artifacts_in(path), BENCH))
                 earlier = OutputDir.open(path)
                 if earlier.fingerprint == fingerprint:
-                    return OutputDir(path, job, fingerprint, earlier.stages)
+                    return replace(earlier, job=job)
                 if earlier.stages:
                     raise UsageError(
                         f"{path} holds the results of another job (config, checkpoint, data or version differ);"
@@ -135,7 +142,8 @@ class OutputDir:
         try:
             return self.stages[stage][name]
         except KeyError as error:
-            raise BadInput(f"{self.path / MANIFEST} lacks {name} of `{stage}`; run again with --force") from error
+            fix = "run `samq-export quantize` again with --force"
+            raise BadInput(f"{self.path / MANIFEST} lacks {name} of `{stage}`; {fix}") from error
 
     def done(self, stage: str) -> bool:
         """The stage is recorded and all its artifacts are as they were written."""
@@ -171,6 +179,7 @@ class OutputDir:
         other forms.
         """
         digests = {str(path.relative_to(self.path)): sha256_of(path) for path in sorted(artifacts)}
+        before = {*self.superseded, *self._artifacts()}
         self.stages[stage] = {"artifacts": digests, **details}
         index = STAGES.index(stage)
         for earlier in STAGES[:index]:
@@ -178,11 +187,37 @@ class OutputDir:
                 self.stages.get(earlier, {}).get("artifacts", {}).pop(name, None)
         for later in STAGES[index + 1 :]:
             self.stages.pop(later, None)
+        self.superseded = tuple(sorted(before - self._artifacts()))
         self.save()
+
+    def _artifacts(self) -> set[str]:
+        return {name for stage in self.stages.values() for name in stage["artifacts"]}
 
     def save(self) -> None:
         """Write the manifest."""
-        write_json(self.path / MANIFEST, {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages})
+        content = {"fingerprint": self.fingerprint, "job": self.job, "stages": self.stages}
+        write_json(self.path / MANIFEST, content | ({"superseded": self.superseded} if self.superseded else {}))
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Let no other samq work in a directory, where its file system has locks; it is made if it is not there.
+
+    Raises:
+        UsageError: another one does.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file, or nowhere to write: who writes there says so
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another samq-export works in {path}; wait until it is done, or choose another --output-dir"
+                ) from None
+        yield
 
 
 def _holds_more_than_a_search(path: Path) -> bool:
@@ -194,10 +229,10 @@ def _holds_more_than_a_search(path: Path) -> bool:
 def _artifacts_in(path: Path) -> tuple[str, ...]:
     """What the manifest of a directory lists, or nothing where it is unreadable."""
     try:
-        stages = OutputDir.open(path).stages
+        out = OutputDir.open(path)
     except BadInput:
         return ()
-    return tuple(name for stage in stages.values() for name in stage["artifacts"])
+    return (*out.superseded, *sorted(out._artifacts()))
 
 
 def _remove_leftovers(path: Path) -> None:

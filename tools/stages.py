@@ -92,6 +92,7 @@ def run_stages(
     for stage in stages:
         if stage != "quantize":
             out.require(STAGES[STAGES.index(stage) - 1])
+        later = [name for name in STAGES[STAGES.index(stage) + 1 :] if name in out.stages and name not in stages]
         if stage == "build" and job.engine != "tensorrt":  # where that is not at hand, what is done stays done
             _check_shapes(out, job)
         with _memory_errors_told(job):
@@ -112,6 +113,9 @@ def run_stages(
                 run_export(out, job, reporter)
             else:
                 run_build(out, job, reporter)
+        void = [f"`samq-export {name}`" for name in later if name not in out.stages]
+        if void:
+            reporter.warn(f"what came behind `{stage}` is of before; run {' and '.join(void)} again")
     return report or {"output_dir": str(out.path), "stages": list(stages)}
 
 
@@ -287,6 +291,9 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     if target is not None:
         with reporter.track(f"lower for {target.folder}", target.graphs) as step:
             paths += target.lower(out.path / "onnx", out.path / "engines" / target.folder, step)
+    before = out.stages.get("export", {}).get("options", {}).get("shapes", job.shapes)
+    if before != job.shapes:
+        reporter.say(f"onnx/ is for {job.shapes} now, and was for {before}")
     out.record("export", paths, **watch.taken(), options=_options_of("export", job))
 
 
@@ -399,6 +406,11 @@ def run_validate(
             samples = seen.watch(take(data.evaluation, count, job.seed))
             records = evaluate(baseline, quantized, samples, processor, step)
         warn_of_unreadable(data.evaluation, reporter)
+        if not records:
+            raise BadInput(
+                f"none of the {count} evaluation images has an object ({data.origin}); give others as --eval-data, "
+                "or photos without annotations"
+            )
         images = seen.fingerprint()
         with reporter.track("pictures", None):
             samples = take(data.evaluation, count, job.seed)

@@ -182,6 +182,15 @@ def test_files_that_are_not_coco(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_segmentations_of_other_images_are_refused(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "a.json", [SQUARE], tmp_path)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["image_id"] = 101
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="no segmentation has the id of one of the images"):
+        CocoSource(path)
+
+
 def test_fingerprint_covers_annotations_and_images(tmp_path: Path) -> None:
     path = write_coco(tmp_path / "a.json", [SQUARE], tmp_path)
     first = CocoSource(path).fingerprint()

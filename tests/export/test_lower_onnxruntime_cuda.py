@@ -172,7 +172,7 @@ def saved_encoder(model: ir.Model, folder: Path, **options: Any) -> tuple[OnnxRu
         {},
         {"weights": "dequantized"},
         {"weights": "packed"},
-        {"weights": "packed", "separate": False, "pairs": False},
+        {"weights": "packed", "separate": False},
     ],
     ids=str,
 )

@@ -337,6 +337,20 @@ def test_doctor_tells_the_tensorrt_of_another_interpreter(tmp_path: Path, monkey
     assert "nothing cannot be started (No such file" in samq("doctor", "--json").json["tensorrt"]
 
 
+def test_images_without_objects_are_bad_data(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
+    """Nothing can be told of them, whatever is asked for; the report that was there stays."""
+    out, path = tmp_path / "out", tmp_path / "none.json"
+    shutil.copytree(finished[0], out)
+    content = json.loads(inputs.coco.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    path.write_text(json.dumps(content))
+    command = ("validate", "--output-dir", out, "--eval-data", f"{path}:{inputs.coco.parent}")
+    answer = samq(*command, "--min-relative-miou", 0.9)
+    refused(answer, 6, "none of the 2 evaluation images has an object", "--eval-data")
+    assert (out / "report" / "report.html").is_file()
+
+
 def test_a_dataset_of_the_users_own_is_calibrated_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

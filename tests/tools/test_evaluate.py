@@ -109,6 +109,7 @@ def test_an_image_without_objects_gives_no_prompt() -> None:
     found = _summary(np.zeros((0, SIZE, SIZE), bool))
     assert found["count"] == 0
     assert found["agreement_iou"] is None
+    assert found["prompts"]["source"] == FROM_ANNOTATIONS
 
 
 def test_an_answer_has_the_masks_of_its_figures() -> None:

@@ -16,7 +16,7 @@ from test_files import disk_of
 
 from samq.errors import BadInput, UsageError
 from samq.files import temporaries, write_text
-from samq.tools.outdir import MANIFEST, OURS, OutputDir
+from samq.tools.outdir import BENCH, MANIFEST, OURS, OutputDir, alone_in
 
 JOB = {"model": "m"}
 DEADLY_DATA = """
@@ -73,6 +73,32 @@ def test_a_stage_done_again_invalidates_the_later_ones(tmp_path: Path) -> None:
         out.record(stage, [tmp_path / "out" / "config.yaml"])
     out.record("export", [tmp_path / "out" / "config.yaml"])
     assert set(OutputDir.open(tmp_path / "out").stages) == {"quantize", "export"}
+
+
+def test_what_a_stage_left_behind_goes_with_the_next_job(tmp_path: Path) -> None:
+    """Files of stages that are done again or void, and what `bench` measured."""
+    out = _filled(tmp_path)
+    for name in ("engines/trt8", "engines/trt10", "report/report.json", BENCH):
+        write_text(tmp_path / name, name)
+    out.record("export", [tmp_path / "engines" / "trt8"])
+    out.record("validate", [tmp_path / "report" / "report.json"])
+    out.record("export", [tmp_path / "engines" / "trt10"])
+    assert OutputDir.open(tmp_path).superseded == ("engines/trt8", "report/report.json")
+    out = OutputDir.claim(tmp_path, JOB, "f1", force=False)
+    out.record("validate", [tmp_path / "report" / "report.json"])
+    assert OutputDir.open(tmp_path).superseded == ("engines/trt8",)
+    OutputDir.claim(tmp_path, JOB, "f2", force=True).make_room()
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_two_do_not_work_in_one_directory(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"), pytest.raises(UsageError, match="another samq-export works in"):  # noqa: SIM117
+        with alone_in(tmp_path / "out"):
+            pass
+    with alone_in(tmp_path / "out"):
+        write_text(tmp_path / "file", "")
+    with alone_in(tmp_path / "file"):
+        pass
 
 
 def test_a_file_belongs_to_the_stage_that_wrote_it_last(tmp_path: Path) -> None:

@@ -102,6 +102,31 @@ def test_parts_of_the_same_shapes_are_lowered_as_they_are(out: Path, monkeypatch
     assert traced == [IMAGE_ENCODER] * 2
 
 
+def test_stages_that_an_export_makes_void_are_named(
+    finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    answer = samq("export", "--output-dir", out, "--target", "trt8")
+    assert answer.code == 0, answer.err
+    assert "`samq-export build` and `samq-export validate` again" in answer.err
+    assert "onnx/ is for one image" in answer.err
+    again = samq("run", *whole_job(inputs), "--output-dir", out)
+    assert again.code == 0, again.err
+    assert "again" not in again.err
+
+
+def test_a_placement_that_no_target_heeds_is_refused(out: Path, inputs: Inputs, tmp_path: Path) -> None:
+    path = tmp_path / "placement.yaml"
+    path.write_text("layers:\n  '*': fp16\n")
+    before = (out / "manifest.json").read_bytes()
+    for command in (("build", "--output-dir", out), ("run", *whole_job(inputs), "--output-dir", tmp_path / "new")):
+        engine = ("--engine", "onnxruntime") if command[0] == "run" else ()
+        refused(samq(*command, *engine, "--placement", path), 2, "--placement is for TensorRT", "--target")
+    refused(samq("export", "--output-dir", out, "--target", "trt8", "--placement", tmp_path / "none"), 2, "none")
+    assert (out / "manifest.json").read_bytes() == before
+
+
 def test_a_branch_can_be_folded(out: Path) -> None:
     samq("export", "--output-dir", out, "--target", "trt8", "--low-rank", "fold")
     layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]

@@ -18,7 +18,8 @@ from typing import Any
 from markupsafe import Markup
 
 from samq.calib.images import printable
-from samq.errors import UsageError
+from samq.errors import BadInput, UsageError
+from samq.tools.outdir import MANIFEST, OutputDir
 from samq.tools.report import plots
 from samq.tools.report.page import model_name
 from samq.tools.report.pareto import Tried, front
@@ -109,10 +110,14 @@ def read_runs(outs: Sequence[Path]) -> list[Run]:
 
     Raises:
         UsageError: there is only one.
-        BadInput: one has no report, or one of another version of samq.
+        BadInput: one has no report, one of another version of samq, or one of engines that are replaced by now.
     """
     if len(outs) < 2:
         raise UsageError("compare takes two or more output directories")
+    for out in outs:
+        if (out / MANIFEST).is_file() and "validate" not in OutputDir.open(out).stages:
+            fix = f"run `samq-export validate --output-dir {out}`"
+            raise BadInput(f"{out}: its report is of what was there before; {fix}")
     reports = [read_report(out) for out in outs]
     return [Run(out, report, _differences(reports[0], report)) for out, report in zip(outs, reports, strict=True)]
 
