@@ -190,7 +190,7 @@ def test_a_whole_encoder_computes_what_torch_does_with_these_weights(
         assert relative(torch.from_numpy(found[output]) - exact, exact) < FP16
     operators = Counter(node.op_type for node in lowered.model.graph)
     assert operators["MultiHeadAttention"] == 5
-    assert operators["Split"] == (12 if options.get("separate", True) else 5)  # of 6 maxima, or of 5 times q, k and v
+    assert operators["Split"] == (12 if options.get("separate", True) else 17)  # of 6 maxima, and of 5 times q, k and v
     assert (operators["MatMulNBits"] > 0) == (options.get("weights") == "packed")
     if not options:
         assert not [node for node in lowered.model.graph if str(node.name).endswith("low_rank/up")], "in the weights"

@@ -441,7 +441,7 @@ def test_the_printed_exit_codes_are_the_real_ones() -> None:
         errors.AccuracyGateMissed: "accuracy gate missed",
         errors.SpeedGateMissed: "engine slower than asked",
         errors.MachineLacks: "the machine lacks what was asked for",
-        errors.BadInput: "bad input data or checkpoint",
+        errors.BadInput: "bad input data, checkpoint or output directory",
     }.items():
         assert f"{error.exit_code} {words}" in text
 
