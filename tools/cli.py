@@ -365,11 +365,12 @@ def bench(**options: Any) -> None:
     """
     from samq.tools.bench import as_text
     from samq.tools.bench import bench as measure
-    from samq.tools.outdir import OutputDir
+    from samq.tools.outdir import OutputDir, alone_in
     from samq.tools.progress import Reporter
 
     out = OutputDir.open(options["output_dir"])
-    found = measure(out, Reporter(options["quiet"], _command()), options["threads"] or 0, options["runs"])
+    with alone_in(out.path):
+        found = measure(out, Reporter(options["quiet"], _command()), options["threads"] or 0, options["runs"])
     if options["as_json"]:
         _print_json(found)
     elif not options["quiet"]:
@@ -424,7 +425,7 @@ def place(**options: Any) -> None:
     """
     from samq.calib.sources import absolute
     from samq.engines.tensorrt_plan import BuildOptions
-    from samq.tools.outdir import PLACEMENT, OutputDir
+    from samq.tools.outdir import PLACEMENT, OutputDir, alone_in
     from samq.tools.place import place as measure
     from samq.tools.place import table
     from samq.tools.progress import Reporter
@@ -435,17 +436,18 @@ def place(**options: Any) -> None:
     reporter = Reporter(options["quiet"], _command())
     chosen = _build_options({**options, "engine": "tensorrt"})
     timings = chosen.pop(TIMING_CACHE, None)
-    placement = measure(
-        out,
-        path,
-        reporter,
-        forms=options["forms"],
-        without=[name.strip() for name in options["without"].split(",") if name.strip()],
-        options=with_timings(BuildOptions.from_json(chosen), timings, reporter),
-        budget=options["budget"] / 100,
-        jobs=options["jobs"],
-        eval_data=None if options["eval_data"] is None else absolute(options["eval_data"]),
-    )
+    with alone_in(out.path):
+        placement = measure(
+            out,
+            path,
+            reporter,
+            forms=options["forms"],
+            without=[name.strip() for name in options["without"].split(",") if name.strip()],
+            options=with_timings(BuildOptions.from_json(chosen), timings, reporter),
+            budget=options["budget"] / 100,
+            jobs=options["jobs"],
+            eval_data=None if options["eval_data"] is None else absolute(options["eval_data"]),
+        )
     if options["as_json"]:
         _print_json({"file": str(path), **placement.model_dump()})
     elif not options["quiet"]:
@@ -495,6 +497,7 @@ def search(**options: Any) -> None:
     Bytes are those of all weights, as `run --dry-run` counts them. The front is in OUT/report/.
     """
     from samq.tools.job import FIELDS, Job, open_data
+    from samq.tools.outdir import alone_in
     from samq.tools.progress import Reporter
     from samq.tools.search import Asked, Goal, as_text
     from samq.tools.search import search as find
@@ -515,7 +518,9 @@ def search(**options: Any) -> None:
     )
     data = open_data(job, base)
     reporter = Reporter(options["quiet"], _command())
-    found = find(options["output_dir"], asked, load(job), data, reporter, options["force"])
+    float_model = load(job)
+    with alone_in(options["output_dir"]):
+        found = find(options["output_dir"], asked, float_model, data, reporter, options["force"])
     if options["as_json"]:
         _print_json(found)
     elif not options["quiet"]:
@@ -547,7 +552,7 @@ def triton(**options: Any) -> None:
     samq-export triton --output-dir ./out
     docs/triton.md says how to serve it.
     """
-    from samq.tools.outdir import OutputDir
+    from samq.tools.outdir import OutputDir, alone_in
     from samq.tools.triton.config import Serving
     from samq.tools.triton.layout import REPOSITORY, lay_out
 
@@ -555,7 +560,8 @@ def triton(**options: Any) -> None:
     repository = options["repository"] or out.path / REPOSITORY
     chosen = {name: options[name] for name in ("store_mib", "concurrency", "max_batch") if options[name] is not None}
     others = [OutputDir.open(path) for path in options["plans_of"]]
-    engine = lay_out(out, repository, Serving(**chosen), others=others, model_version=options["model_version"])
+    with alone_in(out.path):
+        engine = lay_out(out, repository, Serving(**chosen), others=others, model_version=options["model_version"])
     if options["as_json"]:
         _print_json({"repository": str(repository), "engine": engine.folder, "models": engine.models})
     elif not options["quiet"]:
@@ -724,12 +730,21 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
 
 
 def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
-    """Run one later stage of the job that an output directory holds."""
+    """Run one later stage of the job that an output directory holds, and tell its result."""
+    from samq.tools.outdir import OutputDir, alone_in
+
+    with alone_in(OutputDir.open(options["output_dir"]).path):
+        result = _next_stage(options, stage, changes)
+    _finish(options, result)
+
+
+def _next_stage(options: dict[str, Any], stage: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Run a stage of the job that an output directory holds; returns what `run_stages` does."""
     from dataclasses import replace
 
     from samq.quant.config import load_recipe
     from samq.tools.job import Job, open_evaluation
-    from samq.tools.outdir import OutputDir, alone_in
+    from samq.tools.outdir import OutputDir
     from samq.tools.progress import Reporter
     from samq.tools.stages import run_stages
 
@@ -741,9 +756,7 @@ def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
     calibrated_on = out.detail("quantize", "calibration_fingerprint")
     data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
     _check_placement(options, job, lowers=stage == "export")
-    with alone_in(out.path):
-        result = run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data)
-    _finish(options, result)
+    return run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data)
 
 
 def _check_placement(options: dict[str, Any], job: Job, *, lowers: bool) -> None:
@@ -755,13 +768,14 @@ def _check_placement(options: dict[str, Any], job: Job, *, lowers: bool) -> None
     Raises:
         UsageError: the command line gives one that no target heeds, or that cannot be read.
     """
-    from samq.tools.targets import tensorrt_target
+    from samq.tools.targets import placement_of
 
     if options.get("placement") is None:
         return
     if job.engine != "tensorrt" and not (lowers and job.target is not None):
-        raise UsageError("--placement is for TensorRT; add --engine tensorrt, or --target")
-    tensorrt_target(job)
+        fix = "add --engine tensorrt or --target" if lowers else "add --engine tensorrt"
+        raise UsageError(f"--placement is for TensorRT; {fix}")
+    placement_of(job)
 
 
 def _command() -> list[str]:

@@ -66,7 +66,7 @@ def _tensorrt() -> str | None:
     try:
         return f"{tensorrt.about()[0]}, of {python}"
     except MachineLacks as error:
-        return f"none ({error})"
+        return f"unknown ({error})"
 
 
 def _gpu() -> list[str]:

@@ -55,7 +55,7 @@ class OutputDir:
         fingerprint: hex digest of configuration, checkpoint, calibration data and code.
         stages: stage → {"artifacts": {relative path: sha256}, …}, with what `samq.tools.watch.Watch` took.
         superseded: relative paths of artifacts that are no stage's any more, another job's or those of stages done
-            again. They stay until a new job has something to put there.
+            again. They stay until `quantize` next has something to put there.
     """
 
     path: Path
@@ -90,8 +90,8 @@ class OutputDir:
         """The directory for a job: a new one, or the one in which the same job stopped.
 
         The manifest is written at once, so that a job that is killed before its first stage is done is known again. A
-        directory in which another job has finished nothing is taken over. With `force` the finished results of another
-        job, and nothing else, go when `make_room` is called.
+        directory in which another job has finished nothing is taken over. With `force` the results of the job before,
+        its superseded ones and what `bench` measured, and nothing else, go when `make_room` is called.
 
         Raises:
             UsageError: the directory holds something else and `force` is not given.
@@ -201,14 +201,16 @@ class OutputDir:
 
 @contextmanager
 def alone_in(path: Path) -> Iterator[None]:
-    """Let no other samq work in a directory, where its file system has locks; it is made if it is not there.
+    """Let nobody else work in a directory who asks for it here, where its file system has locks; it is made if need be.
 
     Raises:
         UsageError: another one does.
     """
     with ExitStack() as stack:
         with suppress(OSError):  # a file, or nowhere to write: who writes there says so
-            path.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.mkdir(parents=True)
+                stack.callback(_remove_empty, path, path.parent)
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, handle)
             try:

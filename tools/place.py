@@ -107,10 +107,11 @@ class Place:
             for block, figure in self._measured(list(new.values()), form, values):
                 known[block.digest] = figure
                 reporter.say(f"{block.name} {form}: {told(figure)}")
-                if form == "fp16" and figure.refused:
-                    reporter.warn(f"{block.name} computes something else in FP16: {figure.refused}")
                 self._save(figures_of(seen, known), earlier, path)
         found = figures_of(seen, known)
+        for name, figures in found.items():
+            if figures["fp16"].refused:
+                reporter.warn(f"{name} computes something else in FP16: {figures['fp16'].refused}")
         return self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)
 
     def _save(self, found: Figures, earlier: Figures, path: Path) -> Placement:

@@ -92,7 +92,11 @@ def run_stages(
     for stage in stages:
         if stage != "quantize":
             out.require(STAGES[STAGES.index(stage) - 1])
-        later = [name for name in STAGES[STAGES.index(stage) + 1 :] if name in out.stages and name not in stages]
+        later = {
+            name: out.stages[name].get("options", {}).get("engine")
+            for name in STAGES[STAGES.index(stage) + 1 :]
+            if name in out.stages and name not in stages
+        }
         if stage == "build" and job.engine != "tensorrt":  # where that is not at hand, what is done stays done
             _check_shapes(out, job)
         with _memory_errors_told(job):
@@ -113,9 +117,14 @@ def run_stages(
                 run_export(out, job, reporter)
             else:
                 run_build(out, job, reporter)
-        void = [f"`samq-export {name}`" for name in later if name not in out.stages]
+        void = [
+            f"`samq-export {name}{f' --engine {engine}' if engine else ''}`"
+            for name, engine in later.items()
+            if name not in out.stages
+        ]
         if void:
-            reporter.warn(f"what came behind `{stage}` is of before; run {' and '.join(void)} again")
+            again = " and ".join(void)
+            reporter.warn(f"what came behind `{stage}` is of before; run {again} again, with the same options")
     return report or {"output_dir": str(out.path), "stages": list(stages)}
 
 
@@ -127,9 +136,12 @@ def _is_done(stage: str, out: OutputDir, job: Job, reporter: Reporter) -> bool:
         return True
     try:
         target = tensorrt_target(job)
+        folder = Path("engines", target.folder)
+        if not any(Path(name).is_relative_to(folder) for name in out.stages[stage]["artifacts"]):
+            return False  # they are of another TensorRT
+        misfit = target.misfit(out.path / folder, out.stages[stage].get("placement"))
     except MachineLacks:  # TensorRT is not at hand: what is done stays done
         return True
-    misfit = target.misfit(out.path / "engines" / target.folder, out.stages[stage].get("placement"))
     if misfit is not None:
         reporter.say(f"build again: {misfit.partition(';')[0]}")
     return misfit is None

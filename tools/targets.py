@@ -36,7 +36,7 @@ from samq.engines.tensorrt_log import plain
 from samq.engines.tensorrt_plan import BuildOptions, log_of
 from samq.engines.tensorrt_plan import executed_layers as tensorrt_layers
 from samq.engines.tensorrt_plan import load_info as plan_info
-from samq.errors import MachineLacks, UsageError
+from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.lower_onnxruntime import lower_for_onnxruntime, requested_layers
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, LoweredLayer, lower_for_tensorrt
@@ -355,17 +355,23 @@ class TensorRt:
         return paths
 
     def misfit(self, folder: Path, placed: Mapping[str, Form] | None) -> str | None:
-        """Why plans that were built once do not serve here, or None where they do, or no TensorRT is at hand.
+        """Why plans that were built once do not serve here as well as new ones, or None where they do.
 
         Args:
             placed: how their layers were placed, None where that was not noted.
+
+        Raises:
+            MachineLacks: no TensorRT or no GPU is at hand.
         """
-        try:
-            version, gpu = tensorrt.about()
-        except MachineLacks:
-            return None
+        version, gpu = tensorrt.about()
         for plan in (*self.files(folder), *self.files(folder / BASELINE)):
-            misfit = plan_info(plan).misfit(gpu, version) if plan.is_file() else "it is not there"
+            try:
+                info = plan_info(plan)
+            except BadInput as error:
+                return str(error)
+            misfit = info.misfit(gpu, version)
+            if misfit is None and info.gpu != gpu.name and not info.options.hardware_compatible:
+                misfit = f"it was tuned on {info.gpu}, and this is {gpu.name}"
             if misfit is not None:
                 return f"{plan.name}: {misfit}"
         return None if placed in (None, self.placement.layers) else "samq places layers otherwise by now"
@@ -435,7 +441,7 @@ def tensorrt_target(job: Job) -> TensorRt:
     options = {name: value for name, value in job.build_options.items() if name not in (REFIT, TIMING_CACHE)}
     timings, refit = (job.build_options.get(name) for name in (TIMING_CACHE, REFIT))
     refitted = None if refit is None else Path(refit)
-    return TensorRt(target, low_rank, _placement(job), BuildOptions.from_json(options), timings, refitted)
+    return TensorRt(target, low_rank, placement_of(job), BuildOptions.from_json(options), timings, refitted)
 
 
 def with_timings(options: BuildOptions, folder: str | None, reporter: Reporter) -> BuildOptions:
@@ -467,8 +473,12 @@ def _usual_timings() -> Path:
     return (named if named.is_absolute() else Path.home() / ".cache") / "samq" / "tensorrt-timings"
 
 
-def _placement(job: Job) -> Placement:
-    """The job's own, none, or the one that samq ships for the GPU at hand."""
+def placement_of(job: Job) -> Placement:
+    """The job's own, none, or the one that samq ships for the GPU and the TensorRT at hand.
+
+    Raises:
+        UsageError: the job's own cannot be read.
+    """
     if job.placement == NO_PLACEMENT:
         return EVERYWHERE
     if job.placement is not None:

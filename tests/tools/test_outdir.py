@@ -95,6 +95,7 @@ def test_two_do_not_work_in_one_directory(tmp_path: Path) -> None:
     with alone_in(tmp_path / "out"), pytest.raises(UsageError, match="another samq-export works in"):  # noqa: SIM117
         with alone_in(tmp_path / "out"):
             pass
+    assert not (tmp_path / "out").exists(), "it stayed empty"
     with alone_in(tmp_path / "out"):
         write_text(tmp_path / "file", "")
     with alone_in(tmp_path / "file"):

@@ -133,6 +133,9 @@ def test_plans_that_do_not_serve_here_are_built_again(
 ) -> None:
     """Another GPU, another TensorRT, another placement that samq ships; and none of them where nothing is at hand."""
     command = ("build", "--output-dir", out, "--engine", "tensorrt")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["job"]["target"] = None
+    (out / "manifest.json").write_text(json.dumps(manifest))
 
     def built_again() -> str | None:
         machine.built.clear()
@@ -145,6 +148,12 @@ def test_plans_that_do_not_serve_here_are_built_again(
     assert built_again() is None
     machine.gpu = Device("NVIDIA A100", (8, 0), 81559)
     assert "build again: image_encoder.plan: it was built for NVIDIA H100" in str(built_again())
+    machine.gpu = Device("NVIDIA A30", (8, 0), 24576)
+    assert "it was tuned on NVIDIA A100, and this is NVIDIA A30" in str(built_again())
+    machine.version = "10.3.0"
+    assert built_again() is not None
+    machine.version = "8.6.0"
+    assert built_again() is not None, "what stands in trt8 is of before"
     machine.version = "8.6.1"
     assert "it was built for TensorRT 8.6.0, and this is 8.6.1" in str(built_again())
     monkeypatch.setattr(targets, "shipped_for", lambda gpu, version: Placement(layers={"*": "fp16"}))

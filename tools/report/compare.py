@@ -114,11 +114,11 @@ def read_runs(outs: Sequence[Path]) -> list[Run]:
     """
     if len(outs) < 2:
         raise UsageError("compare takes two or more output directories")
+    reports = [read_report(out) for out in outs]
     for out in outs:
         if (out / MANIFEST).is_file() and "validate" not in OutputDir.open(out).stages:
             fix = f"run `samq-export validate --output-dir {out}`"
             raise BadInput(f"{out}: its report is of what was there before; {fix}")
-    reports = [read_report(out) for out in outs]
     return [Run(out, report, _differences(reports[0], report)) for out, report in zip(outs, reports, strict=True)]
 
 

@@ -112,5 +112,6 @@ def test_refusals(finished: tuple[Path, Answer], other: Callable[..., Path], tmp
     shutil.copytree(other(), broken)
     (broken / "report" / "report.json").write_text("{")
     refused(samq("compare", finished[0], broken), 6, "not JSON", "samq-export validate")
+    shutil.copy(finished[0] / "report" / "report.json", broken / "report")
     (broken / "manifest.json").write_text(json.dumps({"job": {}, "fingerprint": "f", "stages": {}}))
     refused(samq("compare", finished[0], broken), 6, "its report is of what was there before", "samq-export validate")
