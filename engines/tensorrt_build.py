@@ -11,12 +11,10 @@ Whatever else differs between versions is looked up by name; tests hold every na
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +45,7 @@ from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, Watch, silent
 from samq.engines.tensorrt_weights import refittable_parts
 from samq.errors import BadInput, MachineLacks
-from samq.files import sha256_of, write_text, written_whole
+from samq.files import locked, sha256_of, write_text, written_whole
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -231,17 +229,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
     Raises:
         MachineLacks: there is no such folder, and it cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise MachineLacks(f"{folder}: cannot be written ({error.strerror}); name another timing_cache") from error
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise MachineLacks(f"{folder}: cannot be written ({error.strerror}); name another timing_cache") from error
         yield
-    finally:
-        os.close(handle)
 
 
 def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool) -> tuple[str, ...]:

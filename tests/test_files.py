@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from samq.errors import MachineLacks
-from samq.files import sha256_of, temporaries, write_json, write_text, written_whole
+from samq.files import locked, sha256_of, temporaries, write_json, write_text, written_whole
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -103,3 +103,14 @@ def test_the_digest_is_the_contents(size: int, tmp_path: Path) -> None:
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "file").write_bytes(content[:size])
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_a_lock_is_held_by_one_and_let_go(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
+            pass
+    shared = locked(tmp_path, shared=True), locked(tmp_path, shared=True, wait=False)
+    with shared[0], shared[1], pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
+        pass
+    with pytest.raises(OSError, match="nowhere"), locked(tmp_path / "nowhere"):
+        pass

@@ -365,11 +365,10 @@ def bench(**options: Any) -> None:
     """
     from samq.tools.bench import as_text
     from samq.tools.bench import bench as measure
-    from samq.tools.outdir import OutputDir, alone_in
+    from samq.tools.outdir import open_alone
     from samq.tools.progress import Reporter
 
-    out = OutputDir.open(options["output_dir"])
-    with alone_in(out.path):
+    with open_alone(options["output_dir"], reads=True) as out:
         found = measure(out, Reporter(options["quiet"], _command()), options["threads"] or 0, options["runs"])
     if options["as_json"]:
         _print_json(found)
@@ -425,18 +424,17 @@ def place(**options: Any) -> None:
     """
     from samq.calib.sources import absolute
     from samq.engines.tensorrt_plan import BuildOptions
-    from samq.tools.outdir import PLACEMENT, OutputDir, alone_in
+    from samq.tools.outdir import PLACEMENT, open_alone
     from samq.tools.place import place as measure
     from samq.tools.place import table
     from samq.tools.progress import Reporter
     from samq.tools.targets import TIMING_CACHE, with_timings
 
-    out = OutputDir.open(options["output_dir"])
-    path = options["out"] or out.path / PLACEMENT
+    path = options["out"] or options["output_dir"] / PLACEMENT
     reporter = Reporter(options["quiet"], _command())
     chosen = _build_options({**options, "engine": "tensorrt"})
     timings = chosen.pop(TIMING_CACHE, None)
-    with alone_in(out.path):
+    with open_alone(options["output_dir"], reads=True) as out:
         placement = measure(
             out,
             path,
@@ -552,15 +550,14 @@ def triton(**options: Any) -> None:
     samq-export triton --output-dir ./out
     docs/triton.md says how to serve it.
     """
-    from samq.tools.outdir import OutputDir, alone_in
+    from samq.tools.outdir import OutputDir, open_alone
     from samq.tools.triton.config import Serving
     from samq.tools.triton.layout import REPOSITORY, lay_out
 
-    out = OutputDir.open(options["output_dir"])
-    repository = options["repository"] or out.path / REPOSITORY
+    repository = options["repository"] or options["output_dir"] / REPOSITORY
     chosen = {name: options[name] for name in ("store_mib", "concurrency", "max_batch") if options[name] is not None}
     others = [OutputDir.open(path) for path in options["plans_of"]]
-    with alone_in(out.path):
+    with open_alone(options["output_dir"], reads=True) as out:
         engine = lay_out(out, repository, Serving(**chosen), others=others, model_version=options["model_version"])
     if options["as_json"]:
         _print_json({"repository": str(repository), "engine": engine.folder, "models": engine.models})
@@ -730,33 +727,25 @@ def _start(options: dict[str, Any], stages: tuple[str, ...]) -> None:
 
 
 def _go_on(options: dict[str, Any], stage: str, **changes: Any) -> None:
-    """Run one later stage of the job that an output directory holds, and tell its result."""
-    from samq.tools.outdir import OutputDir, alone_in
-
-    with alone_in(OutputDir.open(options["output_dir"]).path):
-        result = _next_stage(options, stage, changes)
-    _finish(options, result)
-
-
-def _next_stage(options: dict[str, Any], stage: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Run a stage of the job that an output directory holds; returns what `run_stages` does."""
+    """Run one later stage of the job that an output directory holds."""
     from dataclasses import replace
 
     from samq.quant.config import load_recipe
     from samq.tools.job import Job, open_evaluation
-    from samq.tools.outdir import OutputDir
+    from samq.tools.outdir import open_alone
     from samq.tools.progress import Reporter
     from samq.tools.stages import run_stages
 
-    out = OutputDir.open(options["output_dir"])
-    out.require("quantize")
-    job = replace(Job.from_json(out.job), **{key: value for key, value in changes.items() if value is not None})
-    recipe = load_recipe(str(out.path / "config.yaml"))
-    gates = (options.get("min_relative_miou"), options.get("min_speedup"))
-    calibrated_on = out.detail("quantize", "calibration_fingerprint")
-    data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
-    _check_placement(options, job, lowers=stage == "export")
-    return run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data)
+    with open_alone(options["output_dir"]) as out:
+        out.require("quantize")
+        job = replace(Job.from_json(out.job), **{key: value for key, value in changes.items() if value is not None})
+        recipe = load_recipe(str(out.path / "config.yaml"))
+        gates = (options.get("min_relative_miou"), options.get("min_speedup"))
+        calibrated_on = out.detail("quantize", "calibration_fingerprint")
+        data = open_evaluation(job, recipe, calibrated_on) if stage == "validate" else None
+        _check_placement(options, job, lowers=stage == "export")
+        result = run_stages(out, job, recipe, (stage,), gates, Reporter(options["quiet"], _command()), data)
+    _finish(options, result)
 
 
 def _check_placement(options: dict[str, Any], job: Job, *, lowers: bool) -> None:

@@ -14,17 +14,15 @@ bench.json          what `samq-export bench` measured
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from samq.errors import BadInput, UsageError
-from samq.files import is_temporary, removed, sha256_of, temporaries, write_json
+from samq.files import is_temporary, locked, removed, sha256_of, temporaries, write_json
 
 MANIFEST = "manifest.json"
 PLACEMENT = "placement.yaml"
@@ -200,26 +198,43 @@ class OutputDir:
 
 
 @contextmanager
-def alone_in(path: Path) -> Iterator[None]:
+def alone_in(path: Path, *, reads: bool = False) -> Iterator[None]:
     """Let nobody else work in a directory who asks for it here, where its file system has locks; it is made if need be.
+
+    Args:
+        reads: what stages left there is only read, which others may do at the same time.
 
     Raises:
         UsageError: another one does.
     """
     with ExitStack() as stack:
-        with suppress(OSError):  # a file, or nowhere to write: who writes there says so
+        try:
             if not path.exists():
                 path.mkdir(parents=True)
                 stack.callback(_remove_empty, path, path.parent)
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another samq-export works in {path}; wait until it is done, or choose another --output-dir"
-                ) from None
+            stack.enter_context(locked(path, shared=reads, wait=False))
+        except BlockingIOError as error:
+            fix = "wait until it is done, or choose another --output-dir"
+            raise UsageError(f"another samq-export works in {path}; {fix}") from error
+        except OSError:
+            pass  # a file, or nowhere to write: who writes there says so
         yield
+
+
+@contextmanager
+def open_alone(path: Path, *, reads: bool = False) -> Iterator[OutputDir]:
+    """The output directory of an earlier run, with nobody else at work in it.
+
+    Args:
+        reads: as for `alone_in`.
+
+    Raises:
+        BadInput: as `OutputDir.open`.
+        UsageError: as `alone_in`.
+    """
+    OutputDir.open(path)  # or a folder would be made where there is none
+    with alone_in(path, reads=reads):
+        yield OutputDir.open(path)  # as whoever was at work there left it
 
 
 def _holds_more_than_a_search(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -92,11 +92,7 @@ def run_stages(
     for stage in stages:
         if stage != "quantize":
             out.require(STAGES[STAGES.index(stage) - 1])
-        later = {
-            name: out.stages[name].get("options", {}).get("engine")
-            for name in STAGES[STAGES.index(stage) + 1 :]
-            if name in out.stages and name not in stages
-        }
+        before = dict(out.stages)
         if stage == "build" and job.engine != "tensorrt":  # where that is not at hand, what is done stays done
             _check_shapes(out, job)
         with _memory_errors_told(job):
@@ -117,15 +113,16 @@ def run_stages(
                 run_export(out, job, reporter)
             else:
                 run_build(out, job, reporter)
-        void = [
-            f"`samq-export {name}{f' --engine {engine}' if engine else ''}`"
-            for name, engine in later.items()
-            if name not in out.stages
-        ]
-        if void:
-            again = " and ".join(void)
+        if void := [name for name in before if name not in out.stages and name not in stages]:
+            again = " and ".join(_command_of(name, before[name]) for name in void)
             reporter.warn(f"what came behind `{stage}` is of before; run {again} again, with the same options")
     return report or {"output_dir": str(out.path), "stages": list(stages)}
+
+
+def _command_of(stage: str, noted: Mapping[str, Any]) -> str:
+    """What makes a stage's result again."""
+    engine = noted.get("options", {}).get("engine")
+    return f"`samq-export {stage}`" if engine is None else f"`samq-export {stage} --engine {engine}`"
 
 
 def _is_done(stage: str, out: OutputDir, job: Job, reporter: Reporter) -> bool:

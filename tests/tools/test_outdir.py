@@ -96,6 +96,9 @@ def test_two_do_not_work_in_one_directory(tmp_path: Path) -> None:
         with alone_in(tmp_path / "out"):
             pass
     assert not (tmp_path / "out").exists(), "it stayed empty"
+    readers = [alone_in(tmp_path / "out", reads=True) for _ in range(2)]
+    with readers[0], readers[1], pytest.raises(UsageError, match="another samq-export"), alone_in(tmp_path / "out"):
+        pass
     with alone_in(tmp_path / "out"):
         write_text(tmp_path / "file", "")
     with alone_in(tmp_path / "file"):

@@ -112,17 +112,17 @@ class Bench:
         """
         if cell.row.engine != "tensorrt":
             return graph.path
-        return runtimes.build_plan(graph.path, self._plans, self._asked(graph), self._at_hand().machine)
+        return runtimes.build_plan(*self._asked(graph))
 
     def is_built(self, cell: Cell, lowered: Lowered) -> bool:
         """Whether nothing of a cell is left to build."""
         return cell.row.engine != "tensorrt" or all(
-            runtimes.is_whole(runtimes.plan_of(graph.path, self._plans, self._asked(graph), self._at_hand().machine))
-            for graph in lowered.graphs
+            runtimes.is_whole(runtimes.plan_of(*self._asked(graph))) for graph in lowered.graphs
         )
 
-    def _asked(self, graph: Graph) -> BuildOptions:
-        return replace(self._options, float32=graph.float32)
+    def _asked(self, graph: Graph) -> tuple[Path, Path, BuildOptions, str]:
+        """What decides a graph's plan, and where it is kept."""
+        return graph.path, self._plans, replace(self._options, float32=graph.float32), self._at_hand().machine
 
     def figures(self, cell: Cell, built: Built) -> dict[str, Any]:
         """The figures of a cell, taken with the GPU to itself.
