@@ -23,6 +23,7 @@ from samq.engines.base import sidecar_of
 from samq.engines.cuda import Device, find_device
 from samq.engines.tensorrt_layers import EngineLayer, read_layers, with_regions
 from samq.engines.tensorrt_log import (
+    ERROR,
     WARNING,
     Log,
     captured,
@@ -157,11 +158,21 @@ class _Build:
         with _alone_in(path.parent):  # also to be told now, not after the build, that it cannot be written
             kept = _content(path)
         for content in (kept, b""):
-            cache: trt.ITimingCache | None = config.create_timing_cache(content)
+            cache = self._read_timings(config, content)
             if cache is not None and config.set_timing_cache(cache, False):
                 break
             self.log.messages.append((WARNING, f"{path.name} does not fit; timings are measured anew"))
         return path
+
+    def _read_timings(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache | None:
+        """Timings that were written before, or None where TensorRT cannot read them.
+
+        8.6 says so in its log alone and returns a cache all the same, even of timings of fused regions that it wrote.
+        """
+        said = len(self.log.messages)
+        cache: trt.ITimingCache | None = config.create_timing_cache(content)
+        refused = any(severity == ERROR for severity, _ in self.log.messages[said:])
+        return None if refused else cache
 
     def _keep_timings(self, config: trt.IBuilderConfig, path: Path) -> None:
         """Write the timings, and with them what builds beside this one have written since it began."""
@@ -170,7 +181,7 @@ class _Build:
             return
         with _alone_in(path.parent), written_whole(path) as temporary:
             content = _content(path)
-            others: trt.ITimingCache | None = config.create_timing_cache(content)
+            others = self._read_timings(config, content)
             if content and (others is None or not cache.combine(others, False)):
                 self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
             temporary.write_bytes(cache.serialize())

@@ -89,6 +89,7 @@ class Simulation:
         done: (Class.member, arguments or value) of everything that was called or set.
         fails: Class.member → what it gives instead of its result.
         says: what is logged by the calls of a Class.member.
+        cannot_read: timings that are answered by an error in the log, and a cache all the same.
     """
 
     def __init__(self, version: str) -> None:
@@ -96,6 +97,7 @@ class Simulation:
         self.done: list[tuple[str, Any]] = []
         self.fails: dict[str, Any] = {}
         self.says: dict[str, list[tuple[str, str]]] = {}
+        self.cannot_read: bytes | None = None
         self.logger: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -195,6 +197,8 @@ class Simulation:
 
     def _timing_cache(self, content: bytes) -> Any:
         """Timings are letters, `!` those of the build itself; what is of another driver is read, and not combined."""
+        if content and content == self.cannot_read:
+            self.logger.log("ERROR", "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin")
         held = [content]
 
         def combine(other: Any, ignore_mismatch: bool) -> bool:

@@ -203,6 +203,16 @@ def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, 
     assert trt.values("IBuilderConfig.create_timing_cache")[:2] == [(b"of another driver",), (b"",)]
 
 
+def test_timings_that_cannot_be_read_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    """As 8.6 answers timings of fused regions: an error in the log, and a cache all the same."""
+    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
+    cache.write_bytes(b"of fused regions")
+    trt.cannot_read = b"of fused regions"
+    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
+    assert f"{cache.name} does not fit; timings are measured anew" in info.warnings
+    assert cache.read_bytes() == b"!"
+
+
 def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     trt.fails["EngineInspector.get_engine_information"] = '{"Layers": [{"Name": "a "quoted" name"}]}'
     info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
