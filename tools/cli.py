@@ -205,7 +205,7 @@ _static = click.option(
     "--static-shapes/--dynamic-shapes",
     default=None,
     help="Export for one image, one prompt and two points, or for any numbers. Static: clicks are filled up with a "
-    "point that SAM 2 attends to, and get another answer.  [default: any numbers; for TensorRT one image, and any "
+    "point that SAM 2 attends to, and get another answer.  [default: any numbers; on a GPU one image, and any "
     "prompts of any points]",
 )
 _gates = _options(

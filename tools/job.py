@@ -113,12 +113,13 @@ class Job:
     def shapes(self) -> str:
         """Name of what is exported, of `SHAPES`.
 
-        TensorRT optimizes an image encoder of static shape best. A mask decoder that takes any prompts costs it little,
-        and one of static shape changes the answers to clicks, which it gets filled up (`samq.engines.predictor`). ONNX
-        Runtime does not care.
+        TensorRT optimizes an image encoder of static shape best, and on a GPU that of ONNX Runtime too is recorded as a
+        CUDA graph. A mask decoder that takes any prompts costs little, and one of static shape changes the answers to
+        clicks, which it gets filled up (`samq.engines.predictor`). ONNX Runtime on the CPU does not care.
         """
         if self.static_shapes is None:
-            return ONE_IMAGE if self.engine == "tensorrt" or self.target is not None else DYNAMIC
+            on_gpu = self.engine == "tensorrt" or self.target is not None or self.device == "cuda"
+            return ONE_IMAGE if on_gpu else DYNAMIC
         return STATIC if self.static_shapes else DYNAMIC
 
     @property

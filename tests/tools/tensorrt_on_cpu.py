@@ -22,6 +22,7 @@ from samq.engines import tensorrt
 from samq.engines.base import Arrays
 from samq.engines.cuda import Device
 from samq.engines.kernels import Kernel
+from samq.engines.tensorrt_layers import MYELIN, EngineLayer
 from samq.engines.tensorrt_log import INFO, WARNING, Log
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, PlanTensor, load_info, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, silent
@@ -48,6 +49,7 @@ class TensorRtOnCpu:
         warnings: what is said while a plan is built.
         steps: of the monitor, which later versions have.
         traces: kernels can be recorded.
+        edges: precision at the edges of the one fused region that a plan is; empty where its layers are not told.
         version, gpu: of the machine.
         built: graphs and options of all builds.
         refitted: plans that were refitted, and where to.
@@ -59,6 +61,7 @@ class TensorRtOnCpu:
     warnings: tuple[str, ...] = ()
     steps: int = 0
     traces: bool = True
+    edges: str = ""
     version: str = VERSION
     gpu: Device = H100
     built: list[tuple[onnx.GraphProto, BuildOptions]] = field(default_factory=list)
@@ -89,6 +92,7 @@ class TensorRtOnCpu:
         shutil.copyfile(onnx_path, plan_path)
         log = Log([(INFO, "Global timing cache in use."), *((WARNING, text) for text in self.warnings)])
         log_of(plan_path).write_text(str(log), encoding="utf-8")
+        gemms = tuple(node.name for node in graph.node if node.op_type == "MatMul")
         info = PlanInfo(
             gpu=self.gpu.name,
             capability=self.gpu.capability,
@@ -101,8 +105,8 @@ class TensorRtOnCpu:
             options=options,
             seconds=0.0,
             plan_bytes=plan_path.stat().st_size,
-            gemms=tuple(node.name for node in graph.node if node.op_type == "MatMul"),
-            layers=(),
+            gemms=gemms,
+            layers=(EngineLayer("region", MYELIN, self.edges, "", "", gemms),) if self.edges else (),
             warnings=tuple(log.of(WARNING)),
         )
         save_info(plan_path, info)

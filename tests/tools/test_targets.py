@@ -187,10 +187,11 @@ def test_each_engine_has_its_target() -> None:
         assert (target.folder, target.options.optimization_level) == (name, 5)
 
 
-def test_tensorrt_takes_one_image_and_any_prompts_unless_told_otherwise() -> None:
+def test_gpus_take_one_image_and_any_prompts_unless_told_otherwise() -> None:
     for job, unasked in (
         (Job("model", engine="tensorrt"), ANY_PROMPTS),
         (Job("model", target="trt10"), ANY_PROMPTS),
+        (Job("model", device="cuda"), ANY_PROMPTS),
         (Job("model"), ANY_SHAPE),
     ):
         assert SHAPES[job.shapes] == unasked

@@ -23,7 +23,7 @@ from samq.tools import targets
 from samq.tools.cli import LARGEST
 from samq.tools.progress import Reporter
 from samq.tools.report.page import report_page
-from samq.tools.report.verdict import claims
+from samq.tools.report.verdict import PASSED, PLAIN, WARNING, claims, headline
 
 PROMPTS = {"point_coords", "point_labels", "mask_input", "has_mask_input"}
 
@@ -281,6 +281,29 @@ def test_the_report_says_what_became_of_each_layer_and_why(
         text = (out / "report" / file).read_text()
         assert sentence in text
         assert all(note in text for note in told.values())
+
+
+@pytest.mark.parametrize(("edges", "told"), [("FP16", True), ("FP32", False), ("", False)])
+def test_layers_that_samq_placed_are_no_misfits(
+    edges: str, told: bool, out: Path, machine: TensorRtOnCpu, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Unless the engine contradicts: its regions are in float32, or it does not name them."""
+    machine.edges = edges
+    placement = tmp_path / "placement.yaml"
+    placement.write_text('layers:\n  "*": fp16\n')
+    build(out, "--placement", placement)
+    report = validate(out, inputs, "--min-speedup", 0.5).json
+    assert bool(report["placed"]) == told
+    assert bool(report["disagreements"]) != told
+    quantized = {layer["name"] for layer in report["layers"] if layer["requested"] != "float"}
+    assert {*report["placed"], *report["disagreements"]} == quantized
+    state, sentence = headline(report)
+    assert (state == PASSED) == told
+    assert (f"but for {len(quantized)} in {FLOAT_GEMM}, as samq placed or lowered them" in sentence) == told
+    assert (claims(report)[-1].state, claims(report)[-1].achieved.split()[0]) == (PLAIN if told else WARNING, "0")
+    page = (out / "report/report.html").read_text()
+    assert (f"{len(quantized)} layers lowered to {FLOAT_GEMM}: {PLACED}." in page) == told
+    assert ('class="mark">differs' in page) != told
 
 
 def test_phases_are_told_and_the_monitor_s_steps_now_and_then(

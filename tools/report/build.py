@@ -14,7 +14,8 @@ import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
 from samq.engines.kernels import Launched
-from samq.export.lower_tensorrt import LoweredLayer
+from samq.engines.tensorrt_layers import UNKNOWN
+from samq.export.lower_tensorrt import FLOAT_GEMM, LoweredLayer
 from samq.quant.config import Recipe
 from samq.tools.engine_start import file_bytes
 from samq.tools.evaluate import Record, summarize
@@ -77,6 +78,7 @@ def build_report(
     accuracy = None if measured.records is None else summarize(measured.records)
     layers = _layers(out, recipe, target, measured)
     quantized = [layer for layer in layers if layer["requested"] != FLOAT]
+    otherwise = [layer for layer in quantized if not layer["agrees"]]
     stages = {stage: out.stages[stage] for stage in STAGES[:-1] if stage in out.stages} | {STAGES[-1]: validation}
     return {
         "schema": SCHEMA,
@@ -98,7 +100,8 @@ def build_report(
             "engine": measured.engine_memory,
         },
         "layers": layers,
-        "disagreements": [layer["name"] for layer in quantized if not layer["agrees"]],
+        "disagreements": [layer["name"] for layer in otherwise if not layer["placed"]],
+        "placed": [layer["name"] for layer in otherwise if layer["placed"]],
         "folded": _folded(layers),
         "kernels": _kernels(measured),
         "engine_log": _engine_log(out, target),
@@ -177,6 +180,7 @@ def _layers(out: OutputDir, recipe: Recipe, target: Target, measured: Measured) 
                 "requested": FLOAT if floating else f"{row['requested']}: {compute}",
                 "executed": executes,
                 "agrees": _agrees(floating, compute, found),
+                "placed": not floating and _placed(lowered, found),
                 "sqnr_db": None if decibels is None else round(decibels, 2),
                 "group_size": None if floating else row["group_size"],
                 "rank": None if floating else row["rank"],
@@ -233,6 +237,18 @@ def _agrees(floating: bool, compute: str, found: Executed | None) -> bool:
     if floating:
         return found is None or not found.compute.startswith("INT")
     return found is not None and found.compute == compute
+
+
+def _placed(lowered: LoweredLayer | None, found: Executed | None) -> bool:
+    """samq lowered the layer to something else than was requested, for a reason that it tells, and so it is executed.
+
+    Of a layer in FP16 within a fused region, whose inside TensorRT does not tell, FP16 at the region's edges is enough:
+    there is no Q/DQ at it.
+    """
+    if lowered is None or not lowered.reason or found is None:
+        return False
+    inside = lowered.compute == FLOAT_GEMM and found.compute.startswith(UNKNOWN) and "FP16" in found.compute
+    return inside or found.compute == lowered.compute
 
 
 def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from samq.calib.parts import PARTS
 from samq.tools.report.units import counted, data_size, number, percent, seconds
-from samq.tools.report.verdict import folded_branches, kernel_rows, verdict
+from samq.tools.report.verdict import executes_as_told, folded_branches, kernel_rows, placed_layers, verdict
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -72,12 +72,12 @@ def _memory_section(report: dict[str, Any]) -> str:
 
 
 def _layer_section(report: dict[str, Any]) -> str:
-    ordered = sorted(report["layers"], key=lambda layer: layer["agrees"])
+    ordered = sorted(report["layers"], key=executes_as_told)
     rows = [
         (
             layer["name"],
             layer["requested"],
-            layer["executed"] + ("" if layer["agrees"] else " ⚠"),
+            layer["executed"] + ("" if executes_as_told(layer) else " ⚠"),
             number(layer["sqnr_db"], 1),
             str(layer["group_size"] or ""),
             str(layer["rank"] or ""),
@@ -86,7 +86,7 @@ def _layer_section(report: dict[str, Any]) -> str:
         for layer in ordered
     ]
     head = ("layer", "requested", "executed", "SQNR dB", "group", "rank", "notes")
-    return "\n\n".join(filter(None, ["## Layers", folded_branches(report), _table(head, rows)]))
+    return "\n\n".join(filter(None, ["## Layers", placed_layers(report), folded_branches(report), _table(head, rows)]))
 
 
 def _kernel_section(report: dict[str, Any]) -> str:

@@ -19,7 +19,16 @@ from samq.tools.report.plots import Bar, Point
 from samq.tools.report.reading import FOLDER, read_bytes, read_prompts, read_report
 from samq.tools.report.rendering import render
 from samq.tools.report.units import data_size, milliseconds
-from samq.tools.report.verdict import FLOAT, agreement_with_fp32, claims, folded_branches, headline, kernel_rows
+from samq.tools.report.verdict import (
+    FLOAT,
+    agreement_with_fp32,
+    claims,
+    executes_as_told,
+    folded_branches,
+    headline,
+    kernel_rows,
+    placed_layers,
+)
 
 NOISIEST = 5  # layers that are named beside the plot
 IN_WORDS = {"image_encoder": "image encoder", "mask_decoder": "mask decoder"}
@@ -42,10 +51,11 @@ def report_page(out: Path) -> str:
         examples=_examples(out, report),
         accuracy=_accuracy_rows(report),
         half=_half_precision(report),
-        layers=sorted(report["layers"], key=lambda layer: bool(layer["agrees"])),
-        misfits=[layer for layer in report["layers"] if not layer["agrees"]],
+        layers=sorted(report["layers"], key=executes_as_told),
+        misfits=[layer for layer in report["layers"] if not executes_as_told(layer)],
         noisiest=_noisiest(report),
         executions=_executions(report),
+        placed=placed_layers(report),
         folded=folded_branches(report),
         kernels=kernel_rows(report),
         engine_log=report.get("engine_log", []),
@@ -97,10 +107,10 @@ def _half_precision(report: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _executions(report: dict[str, Any]) -> list[tuple[str, str, int, bool]]:
-    """(requested, executed, layers, agrees), misfits first."""
+    """(requested, executed, layers, as told), misfits first."""
 
     def kind(layer: dict[str, Any]) -> tuple[bool, str, str]:
-        return layer["agrees"], layer["requested"], layer["executed"]
+        return executes_as_told(layer), layer["requested"], layer["executed"]
 
     grouped = groupby(sorted(report["layers"], key=kind), kind)
     rows = [(requested, executed, len(list(layers)), agrees) for (agrees, requested, executed), layers in grouped]
@@ -135,7 +145,7 @@ def _agreement_plot(out: Path) -> Markup:
 
 def _sqnr_plot(report: dict[str, Any]) -> Markup:
     decibels = [
-        (IN_WORDS[layer["part"]], layer["sqnr_db"], layer["agrees"])
+        (IN_WORDS[layer["part"]], layer["sqnr_db"], executes_as_told(layer))
         for layer in report["layers"]
         if layer["sqnr_db"] is not None
     ]

@@ -44,7 +44,7 @@ def claims(report: dict[str, Any]) -> list[Claim]:
 
 def headline(report: dict[str, Any]) -> tuple[str, str]:
     """The job's state, and a sentence on it."""
-    gates, misfits = report["gates"], len(report["disagreements"])
+    gates, misfits, placed = report["gates"], len(report["disagreements"]), _placed(report)
     missed = [gate for gate in gates if not gate["passed"]]
     half = report.get("half_precision")
     differ = f"{counted(misfits, 'layer')} {'does' if misfits == 1 else 'do'} not execute what was requested"
@@ -61,15 +61,15 @@ def headline(report: dict[str, Any]) -> tuple[str, str]:
     if misfits:
         return WARNING, f"{'Every gate passed, but ' if gates else ''}{differ}"
     if gates:
-        return PASSED, "Passed: everything that was asked for"
+        return PASSED, f"Passed: everything that was asked for{placed}"
     if not report["accuracy"]["count"]:
         return UNKNOWN, "Built; accuracy was not measured"
-    return PLAIN, "Built as requested; no gate was set"
+    return PLAIN, f"Built as requested{placed}; no gate was set"
 
 
 def verdict(report: dict[str, Any]) -> str:
     """A few sentences as a Markdown list: accuracy, size, speed, misfits, gates."""
-    accuracy, size, latency = report["accuracy"], report["size"], report["latency"]
+    accuracy, size, latency, placed = report["accuracy"], report["size"], report["latency"], _placed(report)
     lines = []
     if accuracy["miou_relative"] is not None:
         lines.append(
@@ -91,7 +91,9 @@ def verdict(report: dict[str, Any]) -> str:
         f"{latency['engine']}: {latency['quantized_ms']:.1f} ms against {latency['baseline_ms']:.1f} ms "
         f"({latency['speedup']:.2f}× as fast as {latency['baseline']}: {faster})."
     )
-    lines.append(_misfits(report) if report["disagreements"] else "Every quantized layer executes what was requested.")
+    lines.append(
+        _misfits(report) if report["disagreements"] else f"Every quantized layer executes what was requested{placed}."
+    )
     for gate in report["gates"]:
         state = "passed" if gate["passed"] else "MISSED"
         reached = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
@@ -121,6 +123,24 @@ def folded_branches(report: dict[str, Any]) -> str:
     return (
         f"Low-rank branches are folded into the INT8 weights of {counted(folded['layers'], 'layer')}; the largest "
         f"error of that is {percent(folded['largest_error'])} of the weight, in {folded['layer']}."
+    )
+
+
+def executes_as_told(layer: dict[str, Any]) -> bool:
+    """A layer of the report executes what was requested, or what samq made of that and said so."""
+    return bool(layer["agrees"] or layer.get("placed"))
+
+
+def placed_layers(report: dict[str, Any]) -> str:
+    """What samq executes otherwise than requested, and why; empty where nothing is."""
+    names = set(report.get("placed", []))
+    lowered = Counter(
+        (layer["lowered"]["compute"], layer["lowered"]["reason"].partition("; FP16 rounds")[0])
+        for layer in report["layers"]
+        if layer["name"] in names
+    )
+    return " ".join(
+        f"{counted(count, 'layer')} lowered to {compute}: {why}." for (compute, why), count in lowered.items()
     )
 
 
@@ -193,12 +213,24 @@ def _speed(report: dict[str, Any]) -> Claim:
 
 def _executed(report: dict[str, Any]) -> Claim:
     quantized = [layer for layer in report["layers"] if layer["requested"] != FLOAT]
-    misfits = len(report["disagreements"])
+    misfits, placed = len(report["disagreements"]), len(report.get("placed", []))
     asked = joined(sorted({layer["requested"].partition(": ")[2] for layer in quantized})) if quantized else "nothing"
     detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
-    detail = "; ".join(filter(None, (detail, products(report))))
-    reached = f"{len(quantized) - misfits} of {len(quantized)}"
-    return Claim("Executed", asked, reached, "layers as requested", detail, WARNING if misfits else PASSED)
+    chosen = f"{counted(placed, 'layer')} otherwise, as samq placed or lowered them" if placed else ""
+    detail = "; ".join(filter(None, (detail, chosen, products(report))))
+    reached = f"{len(quantized) - misfits - placed} of {len(quantized)}"
+    state = WARNING if misfits else PLAIN if placed else PASSED
+    return Claim("Executed", asked, reached, "layers as requested", detail, state)
+
+
+def _placed(report: dict[str, Any]) -> str:
+    """What is executed otherwise by samq's own choice, to end a sentence with; empty where nothing is."""
+    names = report.get("placed", [])
+    if not names:
+        return ""
+    kinds = Counter(layer["lowered"]["compute"] for layer in report["layers"] if layer["name"] in names)
+    told = joined([f"{count} in {compute}" for compute, count in kinds.items()])
+    return f", but for {told}, as samq placed or lowered them"
 
 
 def _misfits(report: dict[str, Any]) -> str:
