@@ -13,6 +13,7 @@ import importlib.util
 import io
 import itertools
 import json
+import re
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -46,6 +47,8 @@ _DTYPES = {
 }
 _GEMMS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 _CODE_BITS = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
+_NO_MEMORY = re.compile(r"CUDA failure 2\b|out of memory|STATUS_ALLOC_FAILED")
+_GPU_FAILS = re.compile(r"(?:CUDA|CUBLAS|CUDNN) failure -?\d+: [^;\n]*|CUDA error[^;\n]*")
 _ARITHMETIC = {"float": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 
@@ -332,16 +335,23 @@ def _refused(path: Path, error: Exception) -> SamqError:
     text = first_line(error)
     if "graph capture" in str(error):
         return BadInput(f"{path}: not every operator runs on the GPU, so a CUDA graph cannot be recorded ({text})")
-    if "CUDA failure" in str(error) or "CUDA error" in str(error):
-        return MachineLacks(f"the GPU refuses ({text}); see `nvidia-smi`")
-    return BadInput(f"{path}: ONNX Runtime does not take it ({text}); build it again")
+    return _gpu_failure(path, error) or BadInput(f"{path}: ONNX Runtime does not take it ({text}); build it again")
 
 
 def _told_of_gpu(path: Path, error: Exception) -> SamqError:
     """What an exception of a run means to the user."""
-    if "CUDA failure 2" in str(error) or "out of memory" in str(error):
+    return _gpu_failure(path, error) or told(path, error)
+
+
+def _gpu_failure(path: Path, error: Exception) -> MachineLacks | None:
+    """What a failure of the GPU or of its libraries means to the user; None where an exception tells of none."""
+    if _NO_MEMORY.search(str(error)):
         return MachineLacks(f"{path.name}: the GPU is out of memory; use a smaller batch or --image-size")
-    return told(path, error)
+    found = _GPU_FAILS.search(str(error))
+    if found is None:
+        return None
+    fix = "see that `nvidia-smi` works, then run the same command again"
+    return MachineLacks(f"{path.name}: the GPU fails ({found[0].strip()}); {fix}")
 
 
 def _replays(path: Path, options: CudaOptions) -> bool:

@@ -24,11 +24,14 @@ from samq.engines.cuda import Device, find_device
 from samq.engines.tensorrt_layers import EngineLayer, read_layers, with_regions
 from samq.engines.tensorrt_log import (
     ERROR,
+    INFO,
     WARNING,
     Log,
     captured,
     failure,
     load_tensorrt,
+    new_builder,
+    new_runtime,
     version_of,
 )
 from samq.engines.tensorrt_network import (
@@ -41,7 +44,7 @@ from samq.engines.tensorrt_network import (
     network_flags,
     side_names,
 )
-from samq.engines.tensorrt_parse import new_builder, parse_into
+from samq.engines.tensorrt_parse import parse_into
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, Watch, silent
 from samq.engines.tensorrt_weights import refittable_parts
@@ -168,10 +171,13 @@ class _Build:
         """Timings that were written before, or None where TensorRT cannot read them.
 
         8.6 says so in its log alone and returns a cache all the same, even of timings of fused regions that it wrote.
+        What it says is no error of the build, and must not stand for the reason of one.
         """
-        said = len(self.log.messages)
+        before = len(self.log.messages)
         cache: trt.ITimingCache | None = config.create_timing_cache(content)
-        refused = any(severity == ERROR for severity, _ in self.log.messages[said:])
+        said = self.log.messages[before:]
+        self.log.messages[before:] = [(INFO if severity == ERROR else severity, text) for severity, text in said]
+        refused = any(severity == ERROR for severity, _ in said)
         return None if refused else cache
 
     def _keep_timings(self, config: trt.IBuilderConfig, path: Path) -> None:
@@ -191,7 +197,7 @@ class _Build:
     ) -> PlanInfo:
         api = self.api
         self.progress("inspect", 0, 0)
-        runtime: trt.Runtime = api.Runtime(self.logger)
+        runtime: trt.Runtime = new_runtime(api, self.logger, self.log, self.plan_path)
         runtime.engine_host_code_allowed = self.options.version_compatible
         engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
         if engine is None:

@@ -1,4 +1,4 @@
-"""TensorRT itself: loading it, catching its log, and turning what it says into one line that can be acted on."""
+"""TensorRT itself: loading it, starting it, catching its log, and turning what it says into one line with a fix."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ ERROR, WARNING, INFO = "error", "warning", "info"
 _MEMORY = "the GPU's memory is not enough; free some of it, set a smaller workspace, batch or --image-size"
 _OTHER_VERSION = "the plan was built by another version of TensorRT; build it again with this one"
 _OTHER_GPU = "the plan was built for another GPU; build it again on this one"
+_NO_PLAN = "the file is no plan, or one of a TensorRT far from this one; build it again with this one"
+_UNKNOWN_GPU = (
+    "this TensorRT does not support the GPU; install a newer one, or, where the GPU is too old for it, an older one"
+)
 _DRIVER = "CUDA does not start (error {0}): no GPU, or the NVIDIA driver is missing or too old; see `nvidia-smi`"
 _NO_KERNEL = (
     "TensorRT has no kernel for {0}; keep that layer in FP16, build without --refittable, or take another version"
@@ -30,15 +34,18 @@ _NO_KERNEL = (
 
 # The texts are those of 8.6 to 10.x; the first that is found in what TensorRT said decides.
 _SENTENCES: tuple[tuple[str, type[SamqError], str], ...] = (
-    (r"CUDA initialization failure with error: (\d+)", MachineLacks, _DRIVER),
+    (r"CUDA initialization failure with error: (?!2\b)(\d+)", MachineLacks, _DRIVER),
+    (r"Target GPU SM \d+ is not supported|Unsupported SM\b", MachineLacks, _UNKNOWN_GPU),
     (r"Version tag does not match|expecting library version", MachineLacks, _OTHER_VERSION),
     (r"generated on an incompatible device", MachineLacks, _OTHER_GPU),
     (
-        r"OutOfMemory|out of memory|could not be allocated|due to insufficient (?:memory|workspace)",
+        r"CUDA initialization failure with error: 2\b|OutOfMemory|out of memory|STATUS_ALLOC_FAILED"
+        r"|could not be allocated|due to insufficient (?:memory|workspace)",
         MachineLacks,
         _MEMORY,
     ),
     (r"Could not find any implementation for node (.+?)(?:\.\)|\.$|\)$|$)", BadInput, _NO_KERNEL),
+    (r"Magic tag does not match|PLAN_MAGIC_TAG", BadInput, _NO_PLAN),
 )
 _NO_OBJECT = "factory function returned nullptr"  # what the bindings say of a builder or runtime, whatever the reason
 _ORIGIN = re.compile(r"^(?:\d+: )?(?:\[\S+\] |\S+\.cpp:\d+: )?(?:Error Code \d+: )?")
@@ -114,6 +121,30 @@ def _logger() -> Any:
                 self.log_to.messages.append((severities[severity], text))
 
     return Logger()
+
+
+def new_builder(api: Any, logger: trt.ILogger, log: Log, onnx_path: Path) -> trt.Builder:
+    """A builder.
+
+    Args:
+        log: that `logger` writes to.
+        onnx_path: what it is for, for the message.
+
+    Raises:
+        SamqError: TensorRT does not start.
+    """
+    try:
+        return api.Builder(logger)
+    except TypeError as error:  # what the bindings raise where the library gives nothing
+        raise failure(onnx_path, log) from error
+
+
+def new_runtime(api: Any, logger: trt.ILogger, log: Log, plan_path: Path) -> trt.Runtime:
+    """A runtime; arguments and errors are those of `new_builder`."""
+    try:
+        return api.Runtime(logger)
+    except TypeError as error:
+        raise failure(plan_path, log) from error
 
 
 def failure(path: Path, log: Log) -> SamqError:

@@ -5,26 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samq.engines.tensorrt_log import Log, failure, parse_failure, version_of
+from samq.engines.tensorrt_log import Log, parse_failure, version_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
-
-
-def new_builder(api: Any, logger: trt.ILogger, log: Log, onnx_path: Path) -> trt.Builder:
-    """A builder.
-
-    Args:
-        log: that `logger` writes to.
-        onnx_path: what it is for, for the message.
-
-    Raises:
-        SamqError: TensorRT does not start.
-    """
-    try:
-        return api.Builder(logger)
-    except TypeError as error:  # what the bindings raise where the library gives nothing
-        raise failure(onnx_path, log) from error
 
 
 def parse_into(api: Any, network: trt.INetworkDefinition, logger: trt.ILogger, log: Log, onnx_path: Path) -> None:

@@ -18,9 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samq.engines.cuda import find_device
-from samq.engines.tensorrt_log import WARNING, Log, captured, failure, load_tensorrt, plain, version_of
+from samq.engines.tensorrt_log import (
+    WARNING,
+    Log,
+    captured,
+    failure,
+    load_tensorrt,
+    new_builder,
+    new_runtime,
+    plain,
+    version_of,
+)
 from samq.engines.tensorrt_network import network_flags
-from samq.engines.tensorrt_parse import new_builder, parse_into
+from samq.engines.tensorrt_parse import parse_into
 from samq.engines.tensorrt_plan import PlanInfo, Refittable, load_info, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, silent
 from samq.engines.tensorrt_weights import network_weights, refittable_parts, weight_key
@@ -94,7 +104,7 @@ def _refitted(
         raise BadInput(f"{onnx_path.name} has other layers or shapes than the plan {plan_path.name}; {ANEW}")
     changed = parts.other_than(info.refittable)
     progress("refit", 0, 0)
-    runtime: trt.Runtime = api.Runtime(logger)
+    runtime: trt.Runtime = new_runtime(api, logger, log, plan_path)
     runtime.engine_host_code_allowed = info.options.version_compatible
     engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan_path.read_bytes())
     if engine is None:
@@ -117,7 +127,11 @@ def _refitted(
 
 def _keys(told: tuple[Any, Any]) -> dict[str, tuple[str, Any]]:
     """Layers and roles, as the refitter tells them, by key."""
-    return {weight_key(layer, role.name): (layer, role) for layer, role in zip(*told, strict=True)}
+    keys = {}
+    for layer, found in zip(*told, strict=True):
+        role: trt.WeightsRole = found
+        keys[weight_key(layer, role.name)] = (layer, role)
+    return keys
 
 
 def _set_from_file(api: Any, refitter: trt.Refitter, logger: trt.ILogger, log: Log, onnx_path: Path) -> bool:

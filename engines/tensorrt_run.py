@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from samq.engines import cuda
 from samq.engines.base import Arrays
 from samq.engines.kernels import Kernel, require_cupti, trace
-from samq.engines.tensorrt_log import WARNING, captured, failure, load_tensorrt, version_of
+from samq.engines.tensorrt_log import WARNING, captured, failure, load_tensorrt, new_runtime, version_of
 from samq.engines.tensorrt_network import describe_tensors
 from samq.engines.tensorrt_plan import PlanTensor, load_info
 from samq.errors import BadInput, MachineLacks
@@ -54,7 +54,7 @@ class TensorRtEngine:
         if misfit is not None:
             raise MachineLacks(f"{path}: {misfit}")
         with captured() as (logger, log):
-            self._runtime: trt.Runtime = api.Runtime(logger)
+            self._runtime: trt.Runtime = new_runtime(api, logger, log, path)
             self._runtime.engine_host_code_allowed = self.info.options.version_compatible
             engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:

@@ -62,6 +62,10 @@ class Placement(BaseModel):
         Field(description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch, fold or mlp"),
     ] = {}
     blocks: Annotated[Figures, Field(description="block → form → what was measured")] = {}
+    whole: Annotated[
+        dict[Literal["fp16", "placed"], Figure],
+        Field(description="the whole encoder, in FP16 and as the blocks alone would have it placed"),
+    ] = {}
 
     def form(self, layer: str) -> Form:
         """The form of a layer: any but mlp, which is int8 or fp16 for a layer; int8 where no pattern matches."""
@@ -120,6 +124,16 @@ def fastest(blocks: Figures, gpu: str, tensorrt: str, budget: float = 0.0) -> Pl
     return Placement(gpu=gpu, tensorrt=tensorrt, layers=layers | _all_others(blocks), blocks=blocks)
 
 
+def all_in_fp16(placement: Placement) -> Placement:
+    """The same, with every block in FP16."""
+    return placement.model_copy(update={"layers": _all_others(placement.blocks)})
+
+
+def is_faster(figure: Figure, than: Figure) -> bool:
+    """By more than the larger interquartile range of the two."""
+    return _time(figure) + max(figure.spread, than.spread) < _time(than)
+
+
 def _all_others(blocks: Figures) -> dict[str, Form]:
     return {f"{block.rpartition('.')[0]}.*": "fp16" for block in blocks}
 
@@ -154,7 +168,7 @@ def _candidates(forms: dict[Form, Figure]) -> dict[Form, Figure]:
 def _fastest(forms: dict[Form, Figure]) -> Form:
     best, *others = forms
     for form in others:
-        if _time(forms[form]) + max(forms[form].spread, forms[best].spread) < _time(forms[best]):
+        if is_faster(forms[form], forms[best]):
             best = form
     return best
 

@@ -1,4 +1,4 @@
-"""What each TensorRT target takes. A target stands for all releases of its major version from the one named here on.
+"""What each TensorRT target takes. A target stands for all releases of its major version from its `least` one on.
 
 Sources, by release: the importer (github.com/onnx/onnx-tensorrt: 8.6-GA `builtin_op_importers.cpp`, 10.1-GA
 `onnxOpImporters.cpp`, and their `docs/operators.md`), the headers (github.com/NVIDIA/TensorRT, `include/NvInfer.h` of
@@ -21,6 +21,7 @@ class TensorRtTarget:
     Args:
         name: as on the command line.
         version: the release whose documents the facts are from, as messages call it.
+        least: oldest release that samq's calls fit, major and minor.
         opset: highest ONNX opset.
         ir_version: of the ONNX file; that of the opset.
         strongly_typed: the engine takes its types from the graph, so FP16 arithmetic is written there. Otherwise the
@@ -36,6 +37,7 @@ class TensorRtTarget:
 
     name: str
     version: str
+    least: tuple[int, int]
     opset: int
     ir_version: int
     strongly_typed: bool
@@ -50,6 +52,7 @@ class TensorRtTarget:
 TRT8 = TensorRtTarget(
     name="trt8",
     version="8.6",
+    least=(8, 6),
     opset=17,  # docs/operators.md: "up to Opset 17"
     ir_version=8,
     strongly_typed=False,  # NetworkDefinitionCreationFlag has EXPLICIT_BATCH alone
@@ -66,6 +69,7 @@ TRT8 = TensorRtTarget(
 TRT10 = TensorRtTarget(
     name="trt10",
     version="10",
+    least=(10, 3),  # the oldest 10.x that the calls are held against (tests/data/trt_api)
     # docs/operators.md of 10.1 says 20, of 10.15 24; the 10.1 importer checks no upper limit and reads block scales and
     # output_dtype, which opset 21 brought.
     opset=21,
@@ -82,6 +86,7 @@ TRT10 = TensorRtTarget(
 TRT11 = TensorRtTarget(
     name="trt11",
     version="11",
+    least=(11, 0),
     opset=21,  # as trt10; 11 only takes strongly typed networks
     ir_version=10,
     strongly_typed=True,

@@ -34,11 +34,11 @@ Builder = Callable[[Path, Path, BuildOptions], PlanInfo]
 
 @dataclass(frozen=True)
 class Block:
-    """One block, lowered in one form.
+    """One block, lowered in one form, or a whole encoder.
 
     Args:
         name: of the block.
-        graph: from its inputs to the tokens behind it.
+        graph: from its inputs to the tokens behind it; of an encoder, to all its outputs.
         options: to build it with.
         digest: equal for blocks that take the same time.
     """
@@ -50,7 +50,7 @@ class Block:
 
     @property
     def output(self) -> str:
-        """Name of the tokens behind it."""
+        """Name of the tokens behind it; of an encoder, its first output."""
         return str(self.graph.graph.outputs[0].name)
 
 
@@ -98,8 +98,28 @@ def lowered_blocks(
             float32=tuple(node for node in lowered.float32 if node in nodes),
             half_io=tuple(end for end in ends if end.endswith(TOKENS)),
         )
-        told = f"{structure(graph)} {own.optimization_level} {own.workspace_mib} {own.tactics_off}"
-        yield Block(name, graph, own, hashlib.sha256(told.encode()).hexdigest()[:16])
+        yield Block(name, graph, own, _digest(graph, own))
+
+
+def lowered_encoder(
+    onnx: Path, target: TensorRtTarget, placement: Placement, rewrites: Collection[str], options: BuildOptions
+) -> Block:
+    """The whole quantized encoder, placed as an engine has it.
+
+    Args:
+        onnx: folder of the canonical parts, with static shapes.
+        options: of the builder.
+    """
+    lowered = lower_for_tensorrt(
+        ir.load(onnx / f"{IMAGE_ENCODER}.onnx"), target, placement=placement, rewrites=rewrites
+    )
+    own = replace(options, float32=lowered.float32)
+    return Block(IMAGE_ENCODER, lowered.model, own, _digest(lowered.model, own))
+
+
+def _digest(graph: ir.Model, options: BuildOptions) -> str:
+    told = f"{structure(graph)} {options.optimization_level} {options.workspace_mib} {options.tactics_off}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def float_tokens(onnx: Path, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -150,7 +170,7 @@ def run_block(block: Block, plan: Path, values: Values) -> Run:
     engine = tensorrt.open_engine(plan)
     try:
         feeds = feeds_of(block.graph, values)
-        (output,) = engine.run(feeds).values()
+        output = engine.run(feeds)[block.output]
         return Run(engine.time(feeds, REPEATS), output)
     finally:
         engine.close()

@@ -75,7 +75,7 @@ def _parse_names(*names: str) -> Callable[[click.Context, click.Parameter, str |
 
 
 def _parse_placement(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    return value if value in (None, "none") else str(Path(str(value)).expanduser().resolve())
+    return value if value in (None, "none", "shipped") else str(Path(str(value)).expanduser().resolve())
 
 
 def _parse_timing_cache(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -163,10 +163,10 @@ _target = _options(
     ),
     click.option(
         "--placement",
-        metavar="FILE|none",
+        metavar="FILE|none|shipped",
         callback=_parse_placement,
-        help="Which layers run in INT8 on TensorRT, and which in FP16.  [default: as measured for this GPU, where samq "
-        "ships that]",
+        help="Which layers run in INT8 on TensorRT, and which in FP16; none: all of them in INT8.  [default: as in the "
+        "stages before, where one was given, else shipped: as measured for this GPU, where samq ships that]",
     ),
 )
 _what = _options(

@@ -28,22 +28,24 @@ def check_gates_can_be_told(data: Data, gates: Gates) -> None:
 
 
 def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
-    """What was asked for and what was reached, accuracy first."""
+    """What was asked for and what was reached, accuracy first; a speedup counts to the two digits that are shown."""
     least_accuracy, least_speedup = gates
-    asked = []
+    asked: list[tuple[str, float, str, float | None, float | None]] = []
     if least_accuracy is not None:
-        asked.append((ACCURACY_GATE, least_accuracy, *_accuracy(report)))
+        measure, reached = _accuracy(report)
+        asked.append((ACCURACY_GATE, least_accuracy, measure, reached, reached))
     if least_speedup is not None:
-        asked.append((SPEED_GATE, least_speedup, "speedup", report["latency"]["speedup"]))
+        speedup = report["latency"]["speedup"]
+        asked.append((SPEED_GATE, least_speedup, "speedup", speedup, round(speedup, 2)))
     return [
         {
             "option": option,
             "gate": measure,
             "asked": least,
             "reached": reached,
-            "passed": reached is not None and reached >= least,
+            "passed": counted is not None and counted >= least,
         }
-        for option, least, measure, reached in asked
+        for option, least, measure, reached, counted in asked
     ]
 
 
@@ -66,8 +68,8 @@ def branches_needed(report: dict[str, Any], gates: Gates) -> str | None:
 
 def slower_than_baseline(latency: dict[str, Any], gates: Gates) -> str | None:
     """A warning, or None where the speed gate is missed, which says it; a difference that two digits hide is none."""
-    missed = gates[1] is not None and latency["speedup"] < gates[1]
-    if missed or round(latency["speedup"], 2) >= 1:
+    shown = round(latency["speedup"], 2)
+    if shown >= 1 or (gates[1] is not None and shown < gates[1]):
         return None
     return (
         f"the engine is slower than its baseline: {latency['quantized_ms']:g} ms against {latency['baseline_ms']:g} ms "

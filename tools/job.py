@@ -21,7 +21,7 @@ from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
 from samq.quant.config import Recipe
 from samq.tools.demo.dataset import CHECKPOINT, HELD_OUT
 
-NO_PLACEMENT = "none"
+NO_PLACEMENT, SHIPPED = "none", "shipped"
 REFIT = "refit"
 STATIC, ONE_IMAGE, DYNAMIC = "static shapes", "one image and any prompts", "dynamic shapes"
 SHAPES: Mapping[str, StaticShape] = {STATIC: StaticShape(), ONE_IMAGE: ANY_PROMPTS, DYNAMIC: ANY_SHAPE}
@@ -44,8 +44,8 @@ class Job:
         target: a TensorRT target, or None for the version at hand.
         low_rank: what becomes of low-rank branches in a TensorRT engine, "branch", "fold", or "auto" for the faster one
             that is accurate enough.
-        placement: file that says which layers run in INT8 on TensorRT, "none" for all of them, or None for the one that
-            samq ships for the GPU at hand.
+        placement: file that says which layers run in INT8 on TensorRT, "none" for all of them, or "shipped" or None for
+            the one that samq ships for the GPU at hand.
         build_options: what differs from the defaults of `samq.engines.tensorrt_plan.BuildOptions`; or "refit", the
             output directory of another job, whose TensorRT plans get this job's weights.
         device: "cpu" or "cuda", for calibration, quantization and ONNX Runtime.

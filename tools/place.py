@@ -3,6 +3,9 @@
 Every block is built and timed alone in each form, blocks of one structure once. Its inputs are what the float encoder
 computes before it for one image. A form is out of the question when the engine's output lies farther from the float
 block's than its graph, computed on the CPU, explains: beyond that there is FP16's rounding, and otherwise an error.
+
+Blocks alone do not tell all, for Q/DQ in one may cost another its fusions. So the whole encoder is built too, placed so
+and in FP16, and every block stays in FP16 where that is as fast.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -25,11 +28,30 @@ from samq.calib.sources import take
 from samq.engines import tensorrt
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.errors import MachineLacks, SamqError, UsageError
-from samq.export.placement import MOST_EXACT_FIRST, Figure, Figures, Form, Placement, fastest, load_placement
+from samq.export.placement import (
+    MOST_EXACT_FIRST,
+    Figure,
+    Figures,
+    Form,
+    Placement,
+    all_in_fp16,
+    fastest,
+    is_faster,
+    load_placement,
+)
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TensorRtTarget
 from samq.quant.config import Recipe, load_recipe
-from samq.tools.blocks import Block, Values, build_block, float_tokens, lowered_blocks, on_cpu, run_block
+from samq.tools.blocks import (
+    Block,
+    Values,
+    build_block,
+    float_tokens,
+    lowered_blocks,
+    lowered_encoder,
+    on_cpu,
+    run_block,
+)
 from samq.tools.job import Job, open_evaluation
 from samq.tools.metrics import relative_error
 from samq.tools.outdir import OutputDir
@@ -85,7 +107,8 @@ class Place:
             UsageError: the file holds what was measured elsewhere.
             SamqError: a block cannot be built or run in FP16.
         """
-        earlier = self._earlier(path)
+        before = self._earlier(path)
+        earlier = before.blocks
         known = {
             figure.structure: figure
             for forms in earlier.values()
@@ -112,7 +135,40 @@ class Place:
         for name, figures in found.items():
             if figures["fp16"].refused:
                 reporter.warn(f"{name} computes something else in FP16: {figures['fp16'].refused}")
-        return self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)
+        placement = self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)
+        if set(placement.layers.values()) == {"fp16"}:
+            return placement
+        return self._proven(placement, values, before.whole.values(), path, reporter)
+
+    def _proven(
+        self, placement: Placement, values: Values, known: Collection[Figure], path: Path, reporter: Reporter
+    ) -> Placement:
+        """What the whole encoder says of a placement; every block in FP16 where it is not faster so.
+
+        Args:
+            known: figures of whole encoders that were measured before.
+
+        Raises:
+            SamqError: it cannot be built or run in FP16.
+        """
+        half = all_in_fp16(placement)
+        forms: dict[Literal["fp16", "placed"], Placement] = {"fp16": half, "placed": placement}
+        whole: dict[Literal["fp16", "placed"], Figure] = {}
+        with reporter.track("the whole encoder", len(forms)) as step:
+            for name, form in forms.items():
+                encoder = lowered_encoder(self.onnx, self.target, form, self.rewrites, self.options)
+                before = [figure for figure in known if figure.structure == encoder.digest]
+                measured = next((figure for figure in before if figure.milliseconds is not None), None)
+                whole[name] = measured or _figure_of_whole(encoder, values, must=name == "fp16")
+                reporter.say(f"whole encoder {name}: {told(whole[name])}")
+                step()
+        chosen = placement
+        if whole["placed"].milliseconds is None or not is_faster(whole["placed"], whole["fp16"]):
+            reporter.warn("the whole encoder is not faster so than in FP16: every block is placed there")
+            chosen = half
+        chosen = chosen.model_copy(update={"whole": whole})
+        chosen.save(path)
+        return chosen
 
     def _save(self, found: Figures, earlier: Figures, path: Path) -> Placement:
         """Write the fastest of what this run is about, and all that was measured.
@@ -162,19 +218,19 @@ class Place:
             for future, once_more in zip(futures, alone, strict=True)
         ]
 
-    def _earlier(self, path: Path) -> Figures:
+    def _earlier(self, path: Path) -> Placement:
         """What the file holds.
 
         Raises:
             UsageError: it was measured elsewhere, or is no placement.
         """
         if not path.exists():
-            return {}
+            return Placement()
         placement = load_placement(path)
         if (placement.gpu, placement.tensorrt) != (self.gpu, self.tensorrt):
             measured = f"{placement.gpu or 'an unknown GPU'} with TensorRT {placement.tensorrt or 'unknown'}"
             raise UsageError(f"{path} was measured on {measured}; give another file as --out")
-        return placement.blocks
+        return placement
 
 
 def place(
@@ -287,7 +343,7 @@ def told(figure: Figure) -> str:
 
 
 def table(placement: Placement) -> list[str]:
-    """A Markdown table: milliseconds and error of each block in each form, and the form chosen.
+    """A Markdown table: milliseconds and error of each block in each form, and the form chosen; and the whole encoder.
 
     Where there are branches, also what a branch is worth: the squared error that it removes a microsecond, times 10⁶.
     """
@@ -298,7 +354,8 @@ def table(placement: Placement) -> list[str]:
     for block, figures in placement.blocks.items():
         cells = [_cell(figures.get(form)) for form in forms] + [_worth(figures) for _ in worth]
         rows.append([block, *cells, placement.form_of_block(f"{block}.")])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    whole = [f"Whole encoder {name}: {told(figure)}." for name, figure in placement.whole.items()]
+    return [*(f"| {' | '.join(row)} |" for row in rows), *([""] if whole else []), *whole]
 
 
 def _worth(figures: Mapping[Form, Figure]) -> str:
@@ -315,6 +372,22 @@ def _cell(figure: Figure | None) -> str:
     if figure is None or figure.milliseconds is None:
         return "fails" if figure else ""
     return f"{figure.milliseconds:.4f} ({figure.error:.2g})" + (" refused" if figure.refused else "")
+
+
+def _figure_of_whole(encoder: Block, values: Values, *, must: bool) -> Figure:
+    """Time of a whole encoder, or why there is none.
+
+    Raises:
+        SamqError: it fails, and must not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = run_block(encoder, build_block(encoder, Path(folder), tensorrt.build_engine), values)
+        except SamqError as failure:
+            if must:
+                raise
+            return Figure(refused=str(failure), structure=encoder.digest)
+    return Figure(milliseconds=round(found.median, 4), spread=round(found.spread, 4), structure=encoder.digest)
 
 
 def _figure(block: Block, plan: Callable[[], Path], form: Form, values: Values, error: float) -> Figure:

@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event, Thread
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Reporter:
@@ -41,15 +42,39 @@ class Reporter:
         if not self.quiet:
             self.console.print(line, style=style, markup=False, soft_wrap=True)
 
+    @property
+    def draws(self) -> bool:
+        """Bars are drawn, with a clock that moves."""
+        return not self.quiet and self.console.is_terminal and sys.stdout.isatty()
+
     @contextmanager
     def track(self, title: str, total: int | None) -> Iterator[Callable[[], None]]:
         """Yields a function to call after each of `total` steps; a bar on a terminal, then one line."""
         started = time.perf_counter()
-        if self.quiet or not (self.console.is_terminal and sys.stdout.isatty()):
+        if not self.draws:
             yield lambda: None
         else:
-            columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), *times)
             with Progress(*columns, console=self.console, transient=True) as progress:
                 task = progress.add_task(title, total=total)
                 yield lambda: progress.advance(task)
         self.say(f"{title}: {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call a function every so many seconds, from a thread that ends with the block, however that ends."""
+    ended = Event()
+
+    def beat() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -34,7 +34,7 @@ from samq.tools.engine_start import ONNXRUNTIME, ONNXRUNTIME_ENGINE, measure_eng
 from samq.tools.evaluate import Record, Seen, evaluate
 from samq.tools.gates import Gates, branches_needed, check_gates_can_be_told, judge, slower_than_baseline
 from samq.tools.half_precision import IMAGES, compare_with_fp32, complaint
-from samq.tools.job import DYNAMIC, NO_PLACEMENT, SHAPES, STATIC, Data, Job, fingerprint
+from samq.tools.job import DYNAMIC, NO_PLACEMENT, SHAPES, SHIPPED, STATIC, Data, Job, fingerprint
 from samq.tools.latency import measure_latency
 from samq.tools.outdir import STAGES, OutputDir
 from samq.tools.progress import Reporter
@@ -166,9 +166,10 @@ def _options_of(stage: str, job: Job) -> dict[str, Any]:
 
 
 def _placed(job: Job) -> dict[str, Any]:
-    """The job's placement, by content."""
-    path = None if job.placement in (None, NO_PLACEMENT) else Path(str(job.placement))
-    return {"placement": sha256_of(path) if path is not None and path.is_file() else job.placement}
+    """The job's placement, by content; None for the one that samq ships."""
+    named = None if job.placement == SHIPPED else job.placement
+    path = None if named in (None, NO_PLACEMENT) else Path(str(named))
+    return {"placement": sha256_of(path) if path is not None and path.is_file() else named}
 
 
 def load(job: Job) -> Checkpoint:
@@ -300,6 +301,8 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     if target is not None:
         with reporter.track(f"lower for {target.folder}", target.graphs) as step:
             paths += target.lower(out.path / "onnx", out.path / "engines" / target.folder, step)
+        for line in target.told(out.path / "engines" / target.folder):
+            reporter.say(line)
     before = out.stages.get("export", {}).get("options", {}).get("shapes", job.shapes)
     if before != job.shapes:
         reporter.say(f"onnx/ is for {job.shapes} now, and was for {before}")
@@ -379,6 +382,8 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: st
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)
+        for line in target.told(folder):
+            reporter.say(line)
         paths += target.build(folder, step, reporter)
     made: dict[str, Any] = {"low_rank": None}
     if isinstance(target, TensorRt):

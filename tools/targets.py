@@ -15,9 +15,11 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,15 +48,16 @@ from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TensorRtTarget
 from samq.files import write_json
 from samq.quant.config import AUTO, Recipe
-from samq.tools.job import NO_PLACEMENT, REFIT, Job
-from samq.tools.progress import Reporter
+from samq.tools.job import NO_PLACEMENT, REFIT, SHIPPED, Job
+from samq.tools.progress import Reporter, every
 
 ENGINES = "engines"  # folder of an output directory
 BASELINE = "fp16"  # folder of a GPU target's baseline
 LOWERING = "lowering.json"
 TIMING_CACHE, NO_TIMINGS = "timing_cache", "none"  # the builder's option, and its value for none
 PHASES = ("parse", "build", "refit", "inspect")  # of `samq.engines`; those of TensorRT's own monitor are others
-SECONDS_BETWEEN = 30.0  # lines that tell of TensorRT's own steps
+SECONDS_BETWEEN = 30.0  # lines that tell of TensorRT's own steps, or that it is still at work
+SECONDS_BETWEEN_LOOKS = 1.0  # at whether such a line is due
 
 Step = Callable[[], None]
 
@@ -137,6 +140,10 @@ class Target(Protocol):
         """What `lower` made of each layer, and why; empty where it keeps no notes."""
         ...
 
+    def told(self, folder: Path) -> list[str]:
+        """What `lower` made of all layers together, in lines for the user; empty where it keeps no notes."""
+        ...
+
     def remarks(self, folder: Path) -> list[Remarks]:
         """What was said while `build` made each engine; empty where none is made."""
         ...
@@ -162,6 +169,9 @@ class _OnnxRuntime:
 
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
         return {}
+
+    def told(self, folder: Path) -> list[str]:
+        return []
 
     def remarks(self, folder: Path) -> list[Remarks]:
         return []
@@ -344,12 +354,13 @@ class TensorRt:
             for part in PARTS:
                 onnx, plan, key = place / f"{part}.onnx", place / f"{part}.plan", _key(place, folder, part)
                 told = _Told(f"{key}.plan", reporter)
-                if self.refit is None:
-                    float32 = tuple(notes[key]["float32"])
-                    tensorrt.build_engine(onnx, plan, replace(options, float32=float32), told)
-                else:
-                    old = self.refit / ENGINES / self.folder / plan.relative_to(folder)
-                    tensorrt.refit_engine(old, onnx, plan, told)
+                with every(SECONDS_BETWEEN_LOOKS, told.still):
+                    if self.refit is None:
+                        float32 = tuple(notes[key]["float32"])
+                        tensorrt.build_engine(onnx, plan, replace(options, float32=float32), told)
+                    else:
+                        old = self.refit / ENGINES / self.folder / plan.relative_to(folder)
+                        tensorrt.refit_engine(old, onnx, plan, told)
                 paths += [plan, sidecar_of(plan), log_of(plan)]
                 step()
         return paths
@@ -405,6 +416,21 @@ class TensorRt:
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
         notes = _notes(folder)
         return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
+
+    def told(self, folder: Path) -> list[str]:
+        """As `Target.told`: how many quantized layers became what, why, and that nothing was measured on this GPU."""
+        layers = [layer for layer in self.lowered(folder).values() if layer.reason or layer.compute != FLOAT_GEMM]
+        kinds = Counter(layer.compute for layer in layers)
+        lines = [
+            f"{self.folder}: {len(layers)} layers: {', '.join(f'{count} × {kind}' for kind, count in kinds.items())}"
+        ]
+        reasons = Counter(layer.reason for layer in layers if layer.reason)
+        if reasons:
+            why, _ = reasons.most_common(1)[0]
+            lines.append(f"{reasons.total()} of them not as asked, each told in {LOWERING}; most often: {why}")
+        if self.placement == EVERYWHERE and kinds[INT8_GEMM]:
+            lines.append("INT8 wherever it can be: no placement was measured for this GPU; `samq-export place` does so")
+        return lines
 
     def remarks(self, folder: Path) -> list[Remarks]:
         """As `Target.remarks`; the baseline's plans come last."""
@@ -481,8 +507,8 @@ def placement_of(job: Job) -> Placement:
     """
     if job.placement == NO_PLACEMENT:
         return EVERYWHERE
-    if job.placement is not None:
-        return load_placement(Path(job.placement))
+    if job.placement not in (None, SHIPPED):
+        return load_placement(Path(str(job.placement)))
     try:
         version, gpu = tensorrt.about()
     except MachineLacks:
@@ -496,13 +522,17 @@ def target_at_hand() -> TensorRtTarget:
     """What the TensorRT of this machine takes.
 
     Raises:
-        MachineLacks: there is no TensorRT or no GPU, or no target stands for this version.
+        MachineLacks: there is no TensorRT or no GPU, or a version that no target stands for.
     """
     version, _ = tensorrt.about()
     name = _name_of(version)
     if name not in TARGETS:
         raise MachineLacks(f"TensorRT {version} is none of {', '.join(TARGETS)}; install one of these")
-    return TARGETS[name]
+    target = TARGETS[name]
+    if tuple(map(int, version.split(".")[:2])) < target.least:
+        major, minor = target.least
+        raise MachineLacks(f"TensorRT {version} is too old for {name}; install {major}.{minor} or a later {major}.x")
+    return target
 
 
 def _name_of(version: str) -> str:
@@ -511,20 +541,41 @@ def _name_of(version: str) -> str:
 
 
 class _Told:
-    """How far a plan's build is, in lines: each phase, and steps of TensorRT's own monitor now and then."""
+    """How far a plan's build is, in lines: each phase, and now and then the steps of TensorRT's own monitor or, where
+    none tells of any (8.6 has none), how long the phase has taken.
 
-    def __init__(self, plan: str, reporter: Reporter) -> None:
-        self._plan, self._reporter, self._said = plan, reporter, time.monotonic()
+    Args:
+        plan: its name.
+        clock: seconds.
+    """
+
+    def __init__(self, plan: str, reporter: Reporter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan, self._reporter, self._clock = plan, reporter, clock
+        self._phase, self._monitored = "", False
+        self._began = self._said = clock()
+        self._lock = Lock()  # `still` is called from another thread
 
     def __call__(self, phase: str, step: int, steps: int) -> None:
-        now = time.monotonic()
-        if phase in PHASES:
-            self._reporter.say(f"{self._plan}: {phase}")
-        elif step and now - self._said >= SECONDS_BETWEEN:
-            self._reporter.say(f"{self._plan}: {phase}, step {step} of {steps}")
-        else:
-            return
-        self._said = now
+        with self._lock:
+            self._monitored = phase not in PHASES
+            if not self._monitored:
+                self._phase, self._began = phase, self._clock()
+                self._say(phase)
+            elif step and self._is_due():
+                self._say(f"{phase}, step {step} of {steps}")
+
+    def still(self) -> None:
+        """Say how long the phase has taken, where a line is due, no monitor tells of steps and no bar is drawn."""
+        with self._lock:
+            if self._phase and not self._monitored and not self._reporter.draws and self._is_due():
+                self._say(f"{self._phase}, {self._clock() - self._began:.0f} s so far")
+
+    def _is_due(self) -> bool:
+        return self._clock() - self._said >= SECONDS_BETWEEN
+
+    def _say(self, text: str) -> None:
+        self._reporter.say(f"{self._plan}: {text}")
+        self._said = self._clock()
 
 
 def _notes(folder: Path) -> dict[str, Any]:

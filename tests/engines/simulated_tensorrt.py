@@ -87,7 +87,7 @@ class Simulation:
 
     Attributes:
         done: (Class.member, arguments or value) of everything that was called or set.
-        fails: Class.member → what it gives instead of its result.
+        fails: Class.member → what it gives instead of its result; a Builder or a Runtime itself cannot be had.
         says: what is logged by the calls of a Class.member.
         cannot_read: timings that are answered by an error in the log, and a cache all the same.
     """
@@ -127,11 +127,14 @@ class Simulation:
         for severity, text in self.says.get(name, []):
             self.logger.log(severity, text)
 
-    def _Builder(self, logger: Any) -> Any:
+    def _start(self, kind: str, logger: Any) -> None:
         self.logger = logger
-        self.log("Builder")
-        if "Builder" in self.fails:
+        self.log(kind)
+        if kind in self.fails:
             raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    def _Builder(self, logger: Any) -> Any:
+        self._start("Builder", logger)
         network: dict[str, Any] = {}
         return self.make(
             "Builder",
@@ -235,7 +238,7 @@ class Simulation:
         return Host(json.dumps(network.content).encode())
 
     def _Runtime(self, logger: Any) -> Any:
-        self.logger = logger
+        self._start("Runtime", logger)
         return self.make("Runtime", deserialize_cuda_engine=lambda plan: self._engine(json.loads(bytes(plan))))
 
     def _engine(self, content: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from samq.engines.onnxruntime_cuda import (
     timed,
 )
 from samq.engines.predictor import Predictor, prompt_feeds
-from samq.errors import BadInput, MachineLacks, UsageError
+from samq.errors import BadInput, MachineLacks, SamqError, UsageError
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.parts import float_part, save_part
 from samq.export.trace import StaticShape, trace
@@ -161,6 +161,39 @@ def test_a_file_that_is_no_model_is_one_line(content: bytes | None, tmp_path: Pa
         OnnxRuntimeCudaEngine(path)
     assert "\n" not in str(caught.value)
     assert content is not None or isinstance(caught.value, BadInput)
+
+
+WHERE = "; GPU=0 ; hostname=host ; file=cuda_call.cc ; line=5 ; expr=cudaStreamSynchronize(stream);"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "line"),
+    [
+        ("CUDA failure 2: out of memory ", MachineLacks, "a.onnx: the GPU is out of memory; use a smaller batch"),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ", MachineLacks, "a.onnx: the GPU is out of memory;"),
+        ("CUDA failure 209: no kernel ", MachineLacks, "a.onnx: the GPU fails (CUDA failure 209: no kernel);"),
+        ("CUDA failure 700: illegal ", MachineLacks, "a.onnx: the GPU fails (CUDA failure 700: illegal);"),
+        ("CUDNN failure 8: CUDNN_STATUS_X ", MachineLacks, "a.onnx: the GPU fails (CUDNN failure 8: CUDNN_STATUS_X);"),
+        ("Failed to allocate memory for requested buffer", MachineLacks, "a.onnx: out of memory; use a smaller batch"),
+        ("Got invalid dimensions for input", BadInput, "a.onnx: Non-zero status code"),
+    ],
+)
+def test_failures_of_a_run_are_told_by_what_fails(said: str, kind: type[SamqError], line: str) -> None:
+    text = f"Non-zero status code returned while running Add node. Status Message: cuda_call.cc:129 {said}{WHERE}\nmore"
+    error = onnxruntime_cuda._told_of_gpu(Path("folder/a.onnx"), RuntimeError(text))
+    assert type(error) is kind
+    assert str(error).startswith(line)
+    assert "\n" not in str(error)
+
+
+def test_a_gpu_that_fails_a_session_is_told(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"CUDA failure 46: all CUDA-capable devices are busy {WHERE}")
+
+    monkeypatch.setattr(onnxruntime_cuda, "require_cuda", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(MachineLacks, match=r"the GPU fails \(CUDA failure 46: all CUDA-capable devices are busy\)"):
+        cuda_session(encoder, CudaOptions(), cuda_graph=False)
 
 
 def test_a_cuda_graph_of_dynamic_shapes_is_refused(encoder: Path) -> None:

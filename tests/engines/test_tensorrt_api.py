@@ -1,14 +1,16 @@
 """Every name that samq uses of TensorRT, held against the API lists of 8.6.0, 10.3, 10.16 and 11.4.
 
 The lists (`tests/data/trt_api`: class → members) were read from the real bindings. The code says by annotation what is
-an object of TensorRT (`builder: trt.Builder = …`), so that its syntax tree tells which members it uses; a member that
-some version lacks must be asked for by `hasattr` in the same function.
+an object of TensorRT (`builder: trt.Builder = …`, `inputs: list[trt.ITensor] = …`), so that its syntax tree tells which
+members it uses; a member that some version lacks must be asked for by `hasattr` in the same function. Members looked up
+by `getattr` must be written down beside it, or be asked for.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,13 @@ from samq.engines.tensorrt_plan import BuildOptions
 MODULES = sorted((Path(samq.__file__).parent / "engines").glob("tensorrt*.py"))
 EVERYTHING = BuildOptions(float32=("node",), version_compatible=True, hardware_compatible=True, refittable=True)
 
+SEVERAL = re.compile(r"(?:list|tuple|Collection|Iterable|Iterator|Sequence)\[trt\.(\w+)(?:, \.\.\.)?\]")
+PASS_ON = ("enumerate", "iter", "list", "reversed", "sorted", "tuple", "zip")  # what they are given
+
+UNKNOWN = "?"  # class of elements that is not written down
+
 Names = dict[str, str]
+Loop = ast.comprehension | ast.For
 
 
 def is_module(node: ast.expr) -> bool:
@@ -44,6 +52,7 @@ class Uses(ast.NodeVisitor):
         self.names: list[tuple[str, bool]] = []
         self.untold: list[str] = []
         self._types: Names = {}
+        self._words: dict[str, list[str]] = {}
         self._guards: set[str] = set()
         self.visit(tree)
 
@@ -60,20 +69,63 @@ class Uses(ast.NodeVisitor):
         kept = self._types, self._guards
         self._types = {**kept[0], **annotations(node)}
         self._guards = kept[1] | set(self._asked_for(node))
-        for name, value in plain_assignments(node):
+        for name, value in assignments(node):
             if self._is_object(value) and name not in self._types and reads_members(node, name):
                 self.untold.append(f"{name} = {ast.unparse(value)}")
+            if self._gives_objects(value) and several(name) not in self._types:
+                self._types[several(name)] = UNKNOWN
         self.generic_visit(node)
         self._types, self._guards = kept
+
+    def visit_For(self, node: ast.For) -> None:
+        self._visit_loops(node, [node])
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
+        self._visit_loops(node, node.generators)
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
+
+    def _visit_loops(self, node: ast.expr | ast.For, loops: Sequence[Loop]) -> None:
+        """A loop's variables are what it runs through, and hide others of their names in a comprehension."""
+        kept = self._types, self._words
+        self._types, self._words = dict(kept[0]), dict(kept[1])
+        for loop in loops:
+            names = [ast.unparse(name) for name in ast.walk(loop.target) if isinstance(name, ast.Name)]
+            kind = self._types.get(several(ast.unparse(loop.iter)))
+            for name in names:
+                if isinstance(loop, ast.comprehension):
+                    self._types.pop(name, None)
+                if kind not in (None, UNKNOWN):
+                    self._types[name] = str(kind)
+                elif name not in self._types and self._gives_objects(loop.iter) and reads_members(node, name):
+                    self.untold.append(f"{name} in {ast.unparse(loop.iter)}")
+                self._words[name] = words_in(loop.iter)
+        self.generic_visit(node)
+        self._types, self._words = kept
+
+    def visit_Call(self, node: ast.Call) -> None:
+        owner = self._owner(node.args[0]) if ast.unparse(node.func) == "getattr" else None
+        if owner is not None:
+            for member in self._words.get(ast.unparse(node.args[1])) or [member_of(node.args[1])]:
+                name = f"{owner}.{member}".lstrip(".")
+                if not member.startswith("<"):
+                    self.names.append((name, bool(self._guards & {name, owner})))
+                elif name not in self._guards:
+                    self.untold.append(ast.unparse(node))
+        self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if self._is_object(node.value):
             self.untold.append(ast.unparse(node))
-        owner = "" if is_module(node.value) else self._class_of(node.value)
+        owner = self._owner(node.value)
         if owner is not None and not node.attr.startswith("__"):
             name = f"{owner}.{node.attr}".lstrip(".")
             self.names.append((name, bool(self._guards & {name, owner})))
         self.generic_visit(node)
+
+    def _owner(self, node: ast.expr) -> str | None:
+        """What members are of: a class, "" for the module, None for neither."""
+        return "" if is_module(node) else self._class_of(node)
 
     def _class_of(self, node: ast.expr) -> str | None:
         """`Class` for `api.Class`, or for something annotated with it."""
@@ -87,37 +139,69 @@ class Uses(ast.NodeVisitor):
             return False
         return is_module(node.func.value) or self._class_of(node.func.value) is not None
 
+    def _gives_objects(self, node: ast.expr) -> bool:
+        """Several of what a call of TensorRT may give, or an iterable that it gives."""
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp):
+            return self._gives_objects(node.elt)
+        if isinstance(node, ast.List | ast.Set | ast.Tuple):
+            return any(map(self._gives_objects, node.elts))
+        if isinstance(node, ast.Starred):
+            return self._gives_objects(node.value)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PASS_ON:
+            return any(map(self._gives_objects, node.args))
+        return self._is_object(node) or several(ast.unparse(node)) in self._types
+
     def _asked_for(self, function: ast.FunctionDef) -> Iterator[str]:
         for call in ast.walk(function):
-            if (
-                isinstance(call, ast.Call)
-                and ast.unparse(call.func) == "hasattr"
-                and isinstance(call.args[1], ast.Constant)
-            ):
-                owner = "" if is_module(call.args[0]) else self._class_of(call.args[0])
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "hasattr":
+                owner = self._owner(call.args[0])
                 if owner is not None:
-                    yield f"{owner}.{call.args[1].value}".lstrip(".")
+                    yield f"{owner}.{member_of(call.args[1])}".lstrip(".")
+
+
+def member_of(node: ast.expr) -> str:
+    """A member as `hasattr` and `getattr` take it: its name, or what the name is taken from, in brackets."""
+    return str(node.value) if isinstance(node, ast.Constant) else f"<{ast.unparse(node)}>"
+
+
+def words_in(node: ast.expr) -> list[str]:
+    """The strings of a collection that is written down; none where it holds anything else."""
+    elements = node.elts if isinstance(node, ast.List | ast.Set | ast.Tuple) else []
+    words = [element.value for element in elements if isinstance(element, ast.Constant)]
+    return [word for word in words if isinstance(word, str)] if len(words) == len(elements) else []
+
+
+def several(name: str) -> str:
+    """What the class of a collection's elements is noted under."""
+    return f"{name}[]"
 
 
 def annotations(node: ast.ClassDef | ast.FunctionDef) -> Names:
-    """Classes of TensorRT by the names that are annotated with them: arguments, variables and `self.…`."""
+    """Classes of TensorRT by the names that are annotated with them: arguments, variables and `self.…`, and `name[]`
+    for the elements of a collection.
+    """
     found: Names = {}
     for item in ast.walk(node):
         target = item.target if isinstance(item, ast.AnnAssign) else item
         if isinstance(item, (ast.AnnAssign, ast.arg)) and item.annotation is not None:
             words = ast.unparse(item.annotation).removesuffix(" | None")
-            if words.startswith("trt."):
-                found[ast.unparse(target).partition(":")[0]] = words.removeprefix("trt.")
+            name, elements = ast.unparse(target).partition(":")[0], SEVERAL.fullmatch(words)
+            if elements is not None:
+                found[several(name)] = elements[1]
+            elif words.startswith("trt."):
+                found[name] = words.removeprefix("trt.")
     return found
 
 
-def plain_assignments(node: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
+def assignments(node: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
     for item in ast.walk(node):
         if isinstance(item, ast.Assign) and len(item.targets) == 1:
             yield ast.unparse(item.targets[0]), item.value
+        elif isinstance(item, ast.AnnAssign) and item.value is not None:
+            yield ast.unparse(item.target), item.value
 
 
-def reads_members(node: ast.FunctionDef, name: str) -> bool:
+def reads_members(node: ast.AST, name: str) -> bool:
     return any(isinstance(item, ast.Attribute) and ast.unparse(item.value) == name for item in ast.walk(node))
 
 
@@ -126,7 +210,7 @@ def problems(source: str) -> list[str]:
     uses = Uses(ast.parse(source))
     missing = [f"{name} is not in {lacking(name)}" for name, guarded in uses.names if lacking(name) and not guarded]
     nowhere = [f"{name} is in no version" for name, _ in uses.names if len(lacking(name)) == len(VERSIONS)]
-    return missing + nowhere + [f"class not written down: {text}" for text in uses.untold]
+    return missing + nowhere + [f"not written down: {text}" for text in uses.untold]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -151,6 +235,8 @@ def test_the_names_are_found() -> None:
         "Refitter.set_weights",
         "OnnxParserRefitter.refit_from_file",
         "IConstantLayer.weights",
+        "LayerType.CAST",
+        "WeightsRole.name",
     }
     assert len(names) > 60
 
@@ -162,23 +248,44 @@ def test_the_names_are_found() -> None:
         ("self.api.BuilderFlag.FP16", "BuilderFlag.FP16 is not in ['11.4.0.106']"),
         ("api.IBuilderConfig.max_workspace", "in no version"),
         ("builder.max_batch_size", "Builder.max_batch_size is not in"),
-        ("builder.create_builder_config().flags", "class not written down"),
-        ("config = builder.create_builder_config()\n    config.nonsense", "class not written down"),
+        ("builder.create_builder_config().flags", "not written down"),
+        ("config = builder.create_builder_config()\n    config.nonsense", "not written down"),
         (
             "config: trt.IBuilderConfig = builder.create_builder_config()\n    config.progress_monitor",
             "not in ['8.6.0']",
         ),
+        ("[t.nme for t in inputs]", "ITensor.nme is in no version"),
+        ("{t.nme: t for i, t in ((0, t) for t in inputs if t.nme)}", "ITensor.nme is in no version"),
+        ("found: tuple[trt.ITensor, ...] = f()\n    for t in found:\n        t.nme", "ITensor.nme is in no version"),
+        ("{t.name for t in [builder.get(i) for i in range(3)]}", "not written down: t in"),
+        ("any(t.name for t in (*builder.all(), 1))", "not written down: t in"),
+        ("found = [builder.get(0)]\n    return [t.name for t in found]", "not written down: t in found"),
+        ("found: Any = [builder.get(0)]\n    for i, t in enumerate(found):\n        t.name", "not written down: t in"),
+        ("getattr(api.LayerType, 'CASTS')", "LayerType.CASTS is in no version"),
+        ("getattr(api.BuilderFlag, 'FP16', None)", "BuilderFlag.FP16 is not in ['11.4.0.106']"),
+        ("getattr(api, 'Bilder')", "Bilder is in no version"),
+        ("{getattr(api.LayerType, name) for name in ('CAST', 'CASTS')}", "LayerType.CASTS is in no version"),
+        ("for name in ['CASTS']:\n        getattr(api.LayerType, name)", "LayerType.CASTS is in no version"),
+        ("[getattr(api.LayerType, name) for name in names]", "not written down: getattr"),
         ("class M(api.IProgressMonitor):\n        def phase_begin(self): pass", "phase_begin"),
     ],
 )
 def test_wrong_names_are_found(body: str, expected: str) -> None:
-    found = problems(f"def f(api, builder: trt.Builder):\n    {body}\n")
+    found = problems(f"def f(api, builder: trt.Builder, inputs: list[trt.ITensor]):\n    {body}\n")
     assert any(expected in text for text in found), found
 
 
 def test_names_that_are_asked_for_may_be_missing_somewhere() -> None:
-    asked = "if hasattr(api.BuilderFlag, 'FP16'):\n        return api.BuilderFlag.FP16"
-    assert problems(f"def f(api):\n    {asked}\n") == []
+    for use in ("api.BuilderFlag.FP16", "getattr(api.BuilderFlag, 'FP16')"):
+        assert problems(f"def f(api):\n    if hasattr(api.BuilderFlag, 'FP16'):\n        return {use}\n") == []
+    named = "if hasattr(api.BuilderFlag, name):\n        return getattr(api.BuilderFlag, name)"
+    assert problems(f"def f(api, name):\n    {named}\n") == []
+
+
+def test_what_is_no_object_of_tensorrt_may_have_any_members() -> None:
+    """Not even where a name is elsewhere that of one."""
+    for use in ("[t.nme for t in inputs]", "[t.nme for t in (1, 2)]", "[i.nme for i in range(builder.num)]"):
+        assert not [p for p in problems(f"def f(inputs, t: trt.ITensor, builder):\n    {use}\n") if "nme" in p]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -213,6 +213,17 @@ def test_timings_that_cannot_be_read_are_measured_anew(trt: Simulation, onnx: Pa
     assert cache.read_bytes() == b"!"
 
 
+def test_timings_that_cannot_be_read_are_not_why_a_build_fails(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
+    cache.write_bytes(b"of fused regions")
+    trt.cannot_read = b"of fused regions"
+    trt.fails["Builder.build_serialized_network"] = None
+    trt.says["Builder.build_serialized_network"] = [("ERROR", "4: Error Code 4: Internal Error (no dimensions.)")]
+    with pytest.raises(BadInput, match=r"TensorRT fails \(Internal Error \(no dimensions"):
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
+    assert "Myelin" in (tmp_path / "part.plan.log").read_text(encoding="utf-8")
+
+
 def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     trt.fails["EngineInspector.get_engine_information"] = '{"Layers": [{"Name": "a "quoted" name"}]}'
     info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
@@ -257,11 +268,15 @@ def test_out_of_memory(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.onnx", "part.plan.log"]
 
 
-def test_a_builder_that_does_not_start(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    trt.fails["Builder"] = None
-    trt.says["Builder"] = [("WARNING", "CUDA initialization failure with error: 35. Please check")]
-    with pytest.raises(MachineLacks, match="CUDA does not start"):
-        build_engine(onnx, tmp_path / "part.plan")
+@pytest.mark.parametrize(("kind", "file"), [("Builder", "part.onnx"), ("Runtime", "part.plan")])
+def test_a_builder_or_runtime_that_does_not_start(
+    trt: Simulation, onnx: Path, tmp_path: Path, kind: str, file: str
+) -> None:
+    trt.fails[kind] = None
+    trt.says[kind] = [("WARNING", "CUDA initialization failure with error: 35. Please check")]
+    with pytest.raises(MachineLacks, match=f"{file}: CUDA does not start"):
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    assert not (tmp_path / "part.plan.json").exists()
 
 
 def test_what_is_missing(trt: Simulation, onnx: Path, tmp_path: Path) -> None:

@@ -35,6 +35,22 @@ OTHER_GPU = (
     "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine plan file is generated on an "
     "incompatible device, expecting compute 8.9 got compute 8.6, please rebuild.)"
 )
+NO_PLAN = (
+    "1: [stdArchiveReader.cpp::StdArchiveReader::32] Error Code 1: Serialization (Serialization assertion "
+    "magicTagRead == kMAGIC_TAG failed.Magic tag does not match)"
+)
+NO_PLAN_OF_8_6 = (
+    "1: [runtime.cpp::parsePlan::314] Error Code 1: Serialization (Serialization assertion plan->header.magicTag == "
+    "rt::kPLAN_MAGIC_TAG failed.)"
+)
+NEW_GPU = (
+    "IBuilder::buildSerializedNetwork: Error Code 9: API Usage Error (Target GPU SM 120 is not supported by this "
+    "TensorRT release.)"
+)
+OLD_GPU = (
+    "1: [caskUtils.cpp::nvinfer1::rt::task::trtSmToCask::193] Error Code 1: Internal Error (Unsupported SM: 0x601)"
+)
+NO_MEMORY_FOR_CUDNN = "1: Error Code 1: Cudnn (CUDNN_STATUS_ALLOC_FAILED)"
 FAILED = "4: [runtime.cpp::deserializeCudaEngine::66] Error Code 4: Internal Error (Engine deserialization failed.)"
 NO_MEMORY = "2: [virtualMemoryBuffer.cpp::resizePhysical::160] Error Code 2: OutOfMemory (no further information)"
 NO_WORKSPACE = "Could not find any implementation for node a/MatMul due to insufficient workspace. See verbose log for"
@@ -45,6 +61,13 @@ NO_KERNEL = (
 NO_SIZE = "4: [network.cpp::validate::3062] Error Code 4: Internal Error (x: dynamic input is missing dimensions.)"
 FAILURES: list[tuple[list[tuple[str, str]], type[SamqError], str]] = [
     ([(WARNING, NO_GPU), (ERROR, NULL)], MachineLacks, "CUDA does not start (error 35)"),
+    ([(WARNING, NO_GPU.replace("35", "2")), (ERROR, NULL)], MachineLacks, "memory is not enough"),
+    ([(WARNING, NO_GPU.replace("35", "209")), (ERROR, NULL)], MachineLacks, "CUDA does not start (error 209)"),
+    ([(ERROR, NO_PLAN), (ERROR, FAILED)], BadInput, "no plan, or one of a TensorRT far from this one; build it again"),
+    ([(ERROR, NO_PLAN_OF_8_6), (ERROR, FAILED)], BadInput, "no plan"),
+    ([(ERROR, NEW_GPU)], MachineLacks, "does not support the GPU; install a newer one"),
+    ([(ERROR, OLD_GPU)], MachineLacks, "where the GPU is too old for it, an older one"),
+    ([(ERROR, NO_MEMORY_FOR_CUDNN)], MachineLacks, "memory is not enough"),
     ([(ERROR, OLD_PLAN), (ERROR, FAILED)], MachineLacks, "another version of TensorRT"),
     ([(ERROR, OLD_LIBRARY)], MachineLacks, "another version of TensorRT"),
     ([(ERROR, OTHER_GPU)], MachineLacks, "another GPU"),

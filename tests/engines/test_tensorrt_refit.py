@@ -142,6 +142,16 @@ def test_failures_of_tensorrt_are_one_line(trt: Simulation, plan: Path, tmp_path
     assert not (tmp_path / "new.plan").exists()
 
 
+@pytest.mark.parametrize(("kind", "file"), [("Builder", "new.onnx"), ("Runtime", "old.plan")])
+def test_a_builder_or_runtime_that_does_not_start(
+    trt: Simulation, plan: Path, tmp_path: Path, kind: str, file: str
+) -> None:
+    trt.fails[kind] = None
+    trt.says[kind] = [("WARNING", "CUDA initialization failure with error: 35. Please check")]
+    with pytest.raises(MachineLacks, match=f"{file}: CUDA does not start"):
+        tensorrt.refit_engine(plan, graph(tmp_path / "new.onnx", CHANGES), tmp_path / "new.plan")
+
+
 def test_weights_that_numpy_has_not_count_as_new() -> None:
     one, other = np.ones(3, np.float32), np.ones(3, np.float16)
     assert digest_of(one) == digest_of(one.copy()) != digest_of(other)

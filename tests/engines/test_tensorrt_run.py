@@ -208,6 +208,13 @@ def test_a_plan_that_does_not_load(plan: Path, trt: Simulation, step: str) -> No
         TensorRtEngine(plan)
 
 
+def test_a_runtime_that_does_not_start(plan: Path, trt: Simulation) -> None:
+    trt.fails["Runtime"] = None
+    trt.says["Runtime"] = [("WARNING", "CUDA initialization failure with error: 2. Please check")]
+    with pytest.raises(MachineLacks, match=r"part\.plan: the GPU's memory is not enough"):
+        TensorRtEngine(plan)
+
+
 def test_a_run_that_fails(plan: Path, trt: Simulation) -> None:
     engine = TensorRtEngine(plan)
     trt.fails["IExecutionContext.execute_async_v3"] = False

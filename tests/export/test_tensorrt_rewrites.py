@@ -21,18 +21,25 @@ from samq.export.tensorrt_targets import TRT8, TRT10, TensorRtTarget
 EXACT = 1e-6
 FLIPS = 2e-3  # an INT8 code flips when its input moves by the last bit of float32
 GONE = {"split_qkv": "Split", "pair_max": "ReduceMax", "concat_pad": "Pad"}
+APPLY = tuple(name for name in REWRITES if name != "wide_heads")  # 128 pixels give 64 keys at most; see test_pad_heads
+
+
+def written(model: ir.Model) -> bytes:
+    """The file of a model."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def operators(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-@pytest.mark.parametrize("rewrites", [*((name,) for name in REWRITES), tuple(REWRITES)], ids="+".join)
+@pytest.mark.parametrize("rewrites", [*((name,) for name in APPLY), tuple(REWRITES)], ids="+".join)
 @pytest.mark.parametrize("name", ["float", "int8_w8a8"])
 def test_the_encoder_answers_as_before(name: str, rewrites: tuple[str, ...]) -> None:
     plain = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8).model
     changed = lower_for_tensorrt(static_form(name, IMAGE_ENCODER), TRT8, rewrites=rewrites).model
     onnx.checker.check_model(ir.to_proto(changed), full_check=True)
+    assert written(changed) != written(plain)
     for rewritten in rewrites:
         if rewritten in GONE:
             assert operators(plain)[GONE[rewritten]] > 0
@@ -43,12 +50,12 @@ def test_the_encoder_answers_as_before(name: str, rewrites: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("target", [TRT8, TRT10], ids=lambda target: target.name)
-def test_the_decoder_answers_as_before(target: TensorRtTarget) -> None:
-    plain = lower_for_tensorrt(static_form("float", MASK_DECODER), target).model
-    changed = lower_for_tensorrt(static_form("float", MASK_DECODER), target, rewrites=REWRITES).model
-    given = feeds(plain)
-    for found, expected in zip(as_written(changed, given), as_written(plain, given), strict=True):
-        assert largest_error(found, expected) < (3e-3 if target.strongly_typed else EXACT)
+@pytest.mark.parametrize("name", ["float", "int8_w8a8"])
+def test_the_decoder_is_left_alone(name: str, target: TensorRtTarget) -> None:
+    """It has a GEMM each for queries, keys and values, and neither windows nor maxima nor padding."""
+    plain = lower_for_tensorrt(static_form(name, MASK_DECODER), target).model
+    changed = lower_for_tensorrt(static_form(name, MASK_DECODER), target, rewrites=REWRITES).model
+    assert written(changed) == written(plain)
 
 
 def test_how_many_places_were_changed() -> None:
@@ -58,7 +65,7 @@ def test_how_many_places_were_changed() -> None:
     changed = rewrite(model, REWRITES)
     assert changed["pair_max"] == before["ReduceMax"]
     assert changed["concat_pad"] == before["Pad"]
-    assert changed["wide_heads"] == 0, "128 pixels give 64 keys at most"
+    assert [name for name, places in changed.items() if places] == list(APPLY)
     assert rewrite(model, ()) == {}
     with pytest.raises(KeyError, match="no_such"):
         rewrite(model, ("no_such",))

@@ -37,6 +37,10 @@ def block_of(graph: onnx.GraphProto) -> str:
     return str(graph.output[0].name).removesuffix("/tokens")
 
 
+def is_whole(graph: onnx.GraphProto) -> bool:
+    return len(graph.output) > 1
+
+
 def int8_wins(graph: onnx.GraphProto) -> float:
     """FP16 takes 2 ms, INT8 half of it; a branch costs 0.3 ms."""
     return (1.0 if quantizers(graph) else 2.0) + 0.3 * has_branch(graph)
@@ -58,9 +62,11 @@ def test_every_block_is_measured_as_it_stands_in_the_engine(
     usual = Path(os.environ["XDG_CACHE_HOME"]) / "samq" / "tensorrt-timings"
     for graph, options in machine.built:
         assert options.timing_cache == str(usual)
+        assert options.optimization_level == 4
+        if is_whole(graph):
+            continue
         ends = [value.name for value in (*graph.input, *graph.output) if value.name != "pixel_values"]
         assert options.half_io == tuple(ends)
-        assert options.optimization_level == 4
         nodes = {node.name for node in graph.node}
         assert set(options.float32) <= nodes
         assert any(name.endswith("/variance") for name in options.float32) == (quantizers(graph) > 0)
@@ -77,7 +83,7 @@ def test_the_placement_is_what_the_lowering_takes(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the first block is faster in INT8."""
-    TensorRtOnCpu(lambda graph: int8_wins(graph) if block_of(graph) == BLOCKS[0] else 1.0).install(monkeypatch)
+    TensorRtOnCpu(lambda graph: 1.0 if block_of(graph) in BLOCKS[1:] else int8_wins(graph)).install(monkeypatch)
     path = tmp_path / "placement.yaml"
     placement = placed(exported, path)
     assert [placement.form(f"{block}.x") == "fp16" for block in BLOCKS] == [False, True, True, True, True]
@@ -90,6 +96,31 @@ def test_the_placement_is_what_the_lowering_takes(
     quantized = {node.name.partition("/")[0] for node in encoder.node if node.op_type == "QuantizeLinear"}
     assert quantized
     assert all(layer.startswith(f"{BLOCKS[0]}.") for layer in quantized)
+
+
+@pytest.mark.parametrize("whole", [2.0, None])
+def test_the_whole_encoder_has_the_last_word(
+    whole: float | None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks alone are faster in INT8; together they are not, or cannot be built."""
+
+    def placed_so(graph: onnx.GraphProto) -> bool:
+        return is_whole(graph) and quantizers(graph) > 0
+
+    machine = TensorRtOnCpu(lambda graph: whole or 1.0 if placed_so(graph) else int8_wins(graph)).install(monkeypatch)
+    machine.refuses = lambda graph: whole is None and placed_so(graph)
+    path = tmp_path / "placement.yaml"
+    answer = samq("place", "--output-dir", exported, "--out", path)
+    assert answer.code == 0, answer.err
+    assert "the whole encoder is not faster so than in FP16" in answer.err
+    assert "Whole encoder fp16: 2.0000 ms." in answer.out
+    placement = load_placement(path)
+    assert {placement.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
+    assert {form: figure.milliseconds for form, figure in placement.whole.items()} == {"fp16": 2.0, "placed": whole}
+    assert all(figures["fold"].milliseconds == 1.0 for figures in placement.blocks.values()), "they are kept"
+    builds = len(machine.built)
+    assert placed(exported, path) == placement
+    assert len(machine.built) == builds
 
 
 def test_int8_in_mlps_alone_can_be_measured(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +190,7 @@ def test_blocks_built_at_once_are_timed_one_by_one(
     assert placed(exported, tmp_path / "three.yaml", "--jobs", 3) == one_by_one
     assert at_each_run[:10] == [3, 3, 3, 5, 5, 8, 8, 8, 10, 10]
     assert len(at_each_run) == len(machine.built)
-    assert {options.timing_cache for _, options in machine.built} == {None}
+    assert {options.timing_cache for graph, options in machine.built if not is_whole(graph)} == {None}
     machine.refuses = lambda graph: quantizers(graph) > 0 and block_of(graph) == BLOCKS[3]
     refusing = placed(exported, tmp_path / "refusing.yaml", "--jobs", 3)
     assert "no implementation" in refusing.blocks[BLOCKS[3]]["fold"].refused

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+from threading import Event
+from threading import enumerate as threads
 
 import pytest
 
-from samq.tools.progress import Reporter
+from samq.tools.progress import Reporter, every
 
 SCRIPT = """
 import time
@@ -56,9 +59,31 @@ def test_everything_said_is_kept_for_the_report_even_when_quiet(capsys: pytest.C
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_bars_are_shown_on_a_terminal_only() -> None:
-    assert "3/3" in _run(stdout_is_terminal=True)[1]
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", _run(stdout_is_terminal=True)[1])
+    assert "3/3" in shown
+    assert "0/3 0:00:00 left -:--:--" in shown, "time that has passed, and time that is left"
     out, err = _run(stdout_is_terminal=False)
     assert out == "result\n"
     assert "/3" not in err
     assert "working: 0." in err
     assert "[red]careful[/red]" in err
+
+
+def test_what_is_done_every_so_often_ends_with_the_block() -> None:
+    before, called, again = threads(), [], Event()
+
+    def act() -> None:
+        called.append(len(called))
+        if len(called) == 3:
+            again.set()
+
+    def fail() -> None:
+        assert again.wait(60)
+        raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"), every(0.001, act):
+        fail()
+    assert threads() == before
+    with every(3600, act):
+        done = len(called)
+    assert len(called) == done

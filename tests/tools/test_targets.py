@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,18 +20,21 @@ from samq.calib.parts import IMAGE_ENCODER, PARTS
 from samq.engines import tensorrt
 from samq.engines.cuda import Device
 from samq.engines.onnxruntime import OnnxRuntimeEngine
-from samq.errors import UsageError
+from samq.engines.tensorrt_plan import BuildOptions
+from samq.engines.tensorrt_progress import Progress
+from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.graph import int_attribute
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import FLOAT_GEMM, PLACED, LoweredLayer, lower_for_tensorrt
 from samq.export.placement import SHIPPED, fastest, load_placement
-from samq.export.tensorrt_targets import TARGETS
+from samq.export.tensorrt_targets import TARGETS, TRT8
 from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
 from samq.quant.config import load_recipe, preset_names
-from samq.tools import stages
+from samq.tools import stages, targets
 from samq.tools.job import SHAPES, Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
+from samq.tools.progress import Reporter
 from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of, tensorrt_target
 
 TENSORRT = ("trt8", "trt10", "trt11")
@@ -176,6 +180,82 @@ def test_a_plan_needs_graphs_that_were_exported_for_it(dynamic: Path, monkeypatc
     refused(samq(*build), 5, "TensorRT 7.2.3", "trt8, trt10, trt11")
 
 
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        ("8.5.2", "TensorRT 8.5.2 is too old for trt8; install 8.6 or a later 8.x"),
+        ("8.6.0", "trt8"),
+        ("8.6.1.6", "trt8"),
+        ("10.0.1", "TensorRT 10.0.1 is too old for trt10; install 10.3 or a later 10.x"),
+        ("10.2.0.post1", "TensorRT 10.2.0.post1 is too old for trt10; install 10.3 or a later 10.x"),
+        ("10.3.0", "trt10"),
+        ("10.16.1.11", "trt10"),
+        ("11.0.0", "trt11"),
+        ("9.3.0", "TensorRT 9.3.0 is none of trt8, trt10, trt11; install one of these"),
+    ],
+)
+def test_a_target_takes_no_older_tensorrt(version: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "about", lambda: (version, GPU))
+    if found in TARGETS:
+        assert targets.target_at_hand() == TARGETS[found]
+        return
+    for job in (Job("m", engine="tensorrt"), Job("m", engine="tensorrt", target="trt8")):
+        with pytest.raises(MachineLacks) as caught:
+            target_of(job).require()
+        assert str(caught.value) == found
+
+
+def test_a_phase_that_no_monitor_tells_of_is_told_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every half minute; a monitor tells of its steps instead, and a bar has a clock."""
+    reporter, now = Reporter(quiet=True), [0.0]
+    told = targets._Told("a.plan", reporter, lambda: now[0])
+
+    def said(*seconds: float) -> list[str]:
+        before = len(reporter.said)
+        for second in seconds:
+            now[0] = second
+            told.still()
+        return [line.removeprefix("a.plan: ") for line in reporter.said[before:]]
+
+    assert said(50) == [], "nothing has begun"
+    told("build", 0, 0)
+    assert said(*range(51, 145)) == ["build, 30 s so far", "build, 60 s so far", "build, 90 s so far"]
+    told("inspect", 0, 0)
+    assert said(145) == []
+    told("build", 0, 0)
+    told("Building Engine", 0, 9)
+    assert said(200, 300) == []
+    told("Building Engine", 1, 9)
+    assert reporter.said[-1] == "a.plan: Building Engine, step 1 of 9"
+    told("inspect", 0, 0)
+    assert said(340) == ["inspect, 40 s so far"]
+    monkeypatch.setattr(Reporter, "draws", True)
+    assert said(400) == []
+
+
+def test_a_build_is_told_to_go_on_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, before = threading.Event(), threading.enumerate()
+
+    class Hears(Reporter):
+        def say(self, message: str) -> None:
+            super().say(message)
+            if message == "image_encoder.plan: build, 0 s so far":
+                heard.set()
+
+    def build(onnx: Path, plan: Path, options: BuildOptions, progress: Progress) -> None:
+        progress("build", 0, 0)
+        assert heard.wait(60)
+        raise BadInput("it fails")
+
+    monkeypatch.setattr(targets, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(targets, "SECONDS_BETWEEN_LOOKS", 0.001)
+    monkeypatch.setattr(tensorrt, "build_engine", build)
+    (tmp_path / "lowering.json").write_text('{"image_encoder": {"float32": []}}', encoding="utf-8")
+    with pytest.raises(BadInput, match="it fails"):
+        TensorRt(TRT8, timings="none").build(tmp_path, lambda: None, Hears(quiet=True))
+    assert threading.enumerate() == before
+
+
 def test_each_engine_has_its_target() -> None:
     assert target_of(Job("model")) == OnnxRuntimeCpu()
     assert target_of(Job("model", device="cuda")) == OnnxRuntimeCuda()
@@ -253,6 +333,16 @@ def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypat
     layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
     placed = {name for name, layer in layers.items() if layer["reason"].startswith(PLACED)}
     assert placed == {name for name in layers if name.startswith("vision_encoder.backbone.blocks.0.")}
+    assert f"{len(placed)} of them not as asked, each told in lowering.json; most often: {PLACED}" in answer.err
+    assert "no placement was measured" not in answer.err
+    answer = samq("export", "--output-dir", out, "--target", "trt8", "--low-rank", "fold")
+    assert f"most often: {PLACED}" in answer.err, "a file that was named counts for later stages"
+    answer = samq("export", "--output-dir", out, "--target", "trt8", "--placement", "shipped")
+    assert "not as asked" not in answer.err
+    layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())
+    gemms = sum(layer["compute"] == "INT8 GEMM" for part in PARTS for layer in layers[part]["layers"].values())
+    assert f"trt8: {gemms} layers: {gemms} × INT8 GEMM" in answer.err
+    assert "no placement was measured for this GPU; `samq-export place` does so" in answer.err
     Path("placement.yaml").write_text("layers:\n  '*': fp32\n")
     refused(
         samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml"), 2, "line 2", "fp16"
@@ -271,6 +361,7 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tensorrt, "about", lambda v=version, g=gpu: (v, Device(g, (9, 0), 1)))
         assert tensorrt_target(Job("m")).placement.form(block) == form
         assert tensorrt_target(Job("m", target="trt11")).placement.form(block) == "int8"
+        assert tensorrt_target(Job("m", placement="shipped")).placement.form(block) == form
         assert tensorrt_target(Job("m", placement="none")).placement.form(block) == "int8"
 
 

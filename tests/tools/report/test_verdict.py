@@ -45,6 +45,8 @@ def _report(**changes: Any) -> dict[str, Any]:
         ((0.9, 1.5), {}, PASSED, "everything"),
         ((0.95, 1.5), {}, MISSED, "relative mIoU 0.9000, asked for 0.95"),
         ((0.95, 2.5), {}, MISSED, "0.95 and speedup 2.0000, asked for 2.5"),
+        ((None, 2.0), {"latency": {"speedup": 1.9951}}, PASSED, "everything"),
+        ((None, 2.0), {"latency": {"speedup": 1.9949}}, MISSED, "speedup 1.9949, asked for 2"),
         ((None, None), {"disagreements": ["b"]}, WARNING, "1 layer does not"),
         ((0.9, None), {"disagreements": ["b", "c"]}, WARNING, "Every gate passed, but 2 layers do not"),
         ((0.95, None), {"disagreements": ["b"]}, MISSED, "asked for 0.95"),
