@@ -48,7 +48,7 @@ _DTYPES = {
 _GEMMS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 _CODE_BITS = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
 _NO_MEMORY = re.compile(r"CUDA failure 2\b|out of memory|STATUS_ALLOC_FAILED")
-_GPU_FAILS = re.compile(r"(?:CUDA|CUBLAS|CUDNN) failure -?\d+: [^;\n]*|CUDA error[^;\n]*")
+_GPU_FAILS = re.compile(r"[A-Z_]+ failure -?\d+: [^;\n]*|CUDA error[^;\n]*")
 _ARITHMETIC = {"float": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 

@@ -100,6 +100,7 @@ class _Build:
         self.onnx_path, self.plan_path = onnx_path, plan_path
         self.version = version_of(api)
         self.logger, self.watch = logger, Watch(progress)
+        self.refused = b""  # timings that do not fit
 
     def run(self) -> PlanInfo:
         started = time.perf_counter()
@@ -164,7 +165,9 @@ class _Build:
             cache = self._read_timings(config, content)
             if cache is not None and config.set_timing_cache(cache, False):
                 break
-            self.log.messages.append((WARNING, f"{path.name} does not fit; timings are measured anew"))
+            self.refused = content
+            why = "does not fit" if cache is not None else "cannot be read by this TensorRT"
+            self.log.messages.append((WARNING, f"{path.name} {why}; timings are measured anew"))
         return path
 
     def _read_timings(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache | None:
@@ -187,8 +190,8 @@ class _Build:
             return
         with _alone_in(path.parent), written_whole(path) as temporary:
             content = _content(path)
-            others = self._read_timings(config, content)
-            if content and (others is None or not cache.combine(others, False)):
+            others = None if content == self.refused else self._read_timings(config, content)
+            if content not in (b"", self.refused) and (others is None or not cache.combine(others, False)):
                 self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
             temporary.write_bytes(cache.serialize())
 

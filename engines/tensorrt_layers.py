@@ -158,6 +158,11 @@ def executed(layers: Sequence[EngineLayer], gemms: Sequence[str]) -> dict[str, E
     return {name: together(parts) for name, parts in found.items()}
 
 
+def inside_region(edges: str) -> str:
+    """What is told of a GEMM inside a fused region, by the precision at the region's edges."""
+    return f"{UNKNOWN} (inside a fused region, {edges} at its edges)"
+
+
 def _executed(gemm: str, layers: Sequence[EngineLayer]) -> Executed:
     holding = [layer for layer in layers if gemm in layer.nodes]
     if not holding:
@@ -165,7 +170,7 @@ def _executed(gemm: str, layers: Sequence[EngineLayer]) -> Executed:
     layer = max(holding, key=_looks_like_a_gemm)
     operator = layer.tactic or layer.type or UNKNOWN
     if layer.fused:
-        return Executed(f"{UNKNOWN} (inside a fused region, {layer.precision} at its edges)", operator)
+        return Executed(inside_region(layer.precision), operator)
     if layer.weights:
         return Executed(f"{layer.weights} weights, {layer.precision} arithmetic", operator)
     return Executed(layer.precision if layer.precision == UNKNOWN else f"{layer.precision} GEMM", operator)

@@ -48,6 +48,9 @@ class Figure(BaseModel):
 Figures = dict[str, dict[Form, Figure]]
 """Block → form → what was measured."""
 
+Whole = dict[Literal["fp16", "placed"], Figure]
+"""What was measured of the whole encoder."""
+
 
 class Placement(BaseModel):
     """The form that each layer takes on TensorRT."""
@@ -63,8 +66,7 @@ class Placement(BaseModel):
     ] = {}
     blocks: Annotated[Figures, Field(description="block → form → what was measured")] = {}
     whole: Annotated[
-        dict[Literal["fp16", "placed"], Figure],
-        Field(description="the whole encoder, in FP16 and as the blocks alone would have it placed"),
+        Whole, Field(description="the whole encoder, in FP16 and as the blocks alone would have it placed")
     ] = {}
 
     def form(self, layer: str) -> Form:

@@ -205,8 +205,8 @@ _static = click.option(
     "--static-shapes/--dynamic-shapes",
     default=None,
     help="Export for one image, one prompt and two points, or for any numbers. Static: clicks are filled up with a "
-    "point that SAM 2 attends to, and get another answer.  [default: any numbers; on a GPU one image, and any "
-    "prompts of any points]",
+    "point that SAM 2 attends to, and get another answer.  [default: any numbers; for TensorRT and with --device cuda "
+    "one image and any prompts of any points]",
 )
 _gates = _options(
     click.option("--min-relative-miou", type=click.FloatRange(0, 1), help="Exit 3 below this accuracy."),
@@ -309,6 +309,7 @@ def quantize(**options: Any) -> None:
 @cli.command()
 @_static
 @_target
+@_device
 @_output
 @_talk
 def export(**options: Any) -> None:
@@ -317,7 +318,8 @@ def export(**options: Any) -> None:
     \b
     With --target also lowered for a TensorRT that need not be installed: engines/TARGET/.
     """
-    _go_on(options, "export", **{name: options[name] for name in ("static_shapes", "target", "low_rank", "placement")})
+    names = ("static_shapes", "target", "low_rank", "placement", "device")
+    _go_on(options, "export", **{name: options[name] for name in names})
 
 
 @cli.command()

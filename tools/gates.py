@@ -28,24 +28,26 @@ def check_gates_can_be_told(data: Data, gates: Gates) -> None:
 
 
 def judge(report: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
-    """What was asked for and what was reached, accuracy first; a speedup counts to the two digits that are shown."""
+    """What was asked for and what was reached, accuracy first."""
     least_accuracy, least_speedup = gates
-    asked: list[tuple[str, float, str, float | None, float | None]] = []
+    asked: list[tuple[str, float, str, float | None, bool]] = []
     if least_accuracy is not None:
         measure, reached = _accuracy(report)
-        asked.append((ACCURACY_GATE, least_accuracy, measure, reached, reached))
+        asked.append(
+            (ACCURACY_GATE, least_accuracy, measure, reached, reached is not None and reached >= least_accuracy)
+        )
     if least_speedup is not None:
         speedup = report["latency"]["speedup"]
-        asked.append((SPEED_GATE, least_speedup, "speedup", speedup, round(speedup, 2)))
+        asked.append((SPEED_GATE, least_speedup, "speedup", speedup, is_as_fast(speedup, least_speedup)))
     return [
         {
             "option": option,
             "gate": measure,
             "asked": least,
             "reached": reached,
-            "passed": counted is not None and counted >= least,
+            "passed": passed,
         }
-        for option, least, measure, reached, counted in asked
+        for option, least, measure, reached, passed in asked
     ]
 
 
@@ -66,10 +68,15 @@ def branches_needed(report: dict[str, Any], gates: Gates) -> str | None:
     return f"{measure} is {_shown(reached)} with low-rank branches folded, below {least:g}"
 
 
+def is_as_fast(speedup: float, least: float = 1.0) -> bool:
+    """Whether a speedup reaches what is asked for, as it is or to the two digits that are shown."""
+    return max(speedup, round(speedup, 2)) >= least
+
+
 def slower_than_baseline(latency: dict[str, Any], gates: Gates) -> str | None:
     """A warning, or None where the speed gate is missed, which says it; a difference that two digits hide is none."""
-    shown = round(latency["speedup"], 2)
-    if shown >= 1 or (gates[1] is not None and shown < gates[1]):
+    speedup = latency["speedup"]
+    if is_as_fast(speedup) or (gates[1] is not None and not is_as_fast(speedup, gates[1])):
         return None
     return (
         f"the engine is slower than its baseline: {latency['quantized_ms']:g} ms against {latency['baseline_ms']:g} ms "

@@ -34,6 +34,7 @@ from samq.export.placement import (
     Figures,
     Form,
     Placement,
+    Whole,
     all_in_fp16,
     fastest,
     is_faster,
@@ -130,55 +131,61 @@ class Place:
             for block, figure in self._measured(list(new.values()), form, values):
                 known[block.digest] = figure
                 reporter.say(f"{block.name} {form}: {told(figure)}")
-                self._save(figures_of(seen, known), earlier, path)
+                self._save(figures_of(seen, known), earlier, before.whole, path)
         found = figures_of(seen, known)
         for name, figures in found.items():
             if figures["fp16"].refused:
                 reporter.warn(f"{name} computes something else in FP16: {figures['fp16'].refused}")
-        placement = self._save(found, {name: forms for name, forms in earlier.items() if name in found}, path)
+        kept = {name: forms for name, forms in earlier.items() if name in found}
+        placement = self._save(found, kept, before.whole, path)
         if set(placement.layers.values()) == {"fp16"}:
             return placement
-        return self._proven(placement, values, before.whole.values(), path, reporter)
+        return self._proven(placement, values, path, reporter)
 
-    def _proven(
-        self, placement: Placement, values: Values, known: Collection[Figure], path: Path, reporter: Reporter
-    ) -> Placement:
+    def _proven(self, placement: Placement, values: Values, path: Path, reporter: Reporter) -> Placement:
         """What the whole encoder says of a placement; every block in FP16 where it is not faster so.
 
         Args:
-            known: figures of whole encoders that were measured before.
+            placement: with the figures of whole encoders that are known.
 
         Raises:
             SamqError: it cannot be built or run in FP16.
         """
-        half = all_in_fp16(placement)
+        half, whole = all_in_fp16(placement), dict(placement.whole)
         forms: dict[Literal["fp16", "placed"], Placement] = {"fp16": half, "placed": placement}
-        whole: dict[Literal["fp16", "placed"], Figure] = {}
         with reporter.track("the whole encoder", len(forms)) as step:
             for name, form in forms.items():
                 encoder = lowered_encoder(self.onnx, self.target, form, self.rewrites, self.options)
-                before = [figure for figure in known if figure.structure == encoder.digest]
-                measured = next((figure for figure in before if figure.milliseconds is not None), None)
-                whole[name] = measured or _figure_of_whole(encoder, values, must=name == "fp16")
+                before = whole.get(name)
+                if before is None or before.milliseconds is None or before.structure != encoder.digest:
+                    whole[name] = _figure_of_whole(encoder, values, must=name == "fp16")
                 reporter.say(f"whole encoder {name}: {told(whole[name])}")
+                half.model_copy(update={"whole": whole}).save(path)
                 step()
-        chosen = placement
-        if whole["placed"].milliseconds is None or not is_faster(whole["placed"], whole["fp16"]):
-            reporter.warn("the whole encoder is not faster so than in FP16: every block is placed there")
-            chosen = half
+        chosen, built = half, whole["placed"].milliseconds is not None
+        if built and is_faster(whole["placed"], whole["fp16"]):
+            chosen = placement
+        else:
+            why = "is not faster so than in FP16" if built else "cannot be built so"
+            reporter.warn(f"the whole encoder {why}: every block is placed in FP16")
         chosen = chosen.model_copy(update={"whole": whole})
         chosen.save(path)
         return chosen
 
-    def _save(self, found: Figures, earlier: Figures, path: Path) -> Placement:
-        """Write the fastest of what this run is about, and all that was measured.
+    def _save(self, found: Figures, earlier: Figures, whole: Whole, path: Path) -> Placement:
+        """Write all that was measured; every block is in FP16 there until the whole encoder has spoken.
 
         Args:
             earlier: what the file held, other forms among it.
+            whole: what is known of whole encoders.
+
+        Returns:
+            The fastest of what this run is about.
         """
         kept = {name: {**earlier.get(name, {}), **found.get(name, {})} for name in earlier | found}
-        placement = fastest(found, self.gpu, self.tensorrt, self.budget).model_copy(update={"blocks": kept})
-        placement.save(path)
+        placement = fastest(found, self.gpu, self.tensorrt, self.budget)
+        placement = placement.model_copy(update={"blocks": kept, "whole": whole})
+        all_in_fp16(placement).save(path)
         return placement
 
     def _measured(

@@ -379,6 +379,10 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: st
     target = target_of(job if branches_because is None else replace(job, low_rank="branch"))
     target.require()
     _check_shapes(out, job)
+    exported = out.detail("export", "options")["shapes"]
+    if exported != job.shapes and job.device == "cuda":
+        fix = "`samq-export export --device cuda` exports it for one image"
+        reporter.say(f"exported for {exported}: the encoder is not recorded as a CUDA graph; {fix}")
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -54,6 +55,7 @@ from samq.tools.progress import Reporter, every
 ENGINES = "engines"  # folder of an output directory
 BASELINE = "fp16"  # folder of a GPU target's baseline
 LOWERING = "lowering.json"
+_NUMBER = re.compile(r"-?\b\d[\d.]*")
 TIMING_CACHE, NO_TIMINGS = "timing_cache", "none"  # the builder's option, and its value for none
 PHASES = ("parse", "build", "refit", "inspect")  # of `samq.engines`; those of TensorRT's own monitor are others
 SECONDS_BETWEEN = 30.0  # lines that tell of TensorRT's own steps, or that it is still at work
@@ -283,6 +285,7 @@ class TensorRt:
         options: of the builder, but for the timing cache.
         timings: folder of the timing cache, "none", or None for that in the user's cache directory.
         refit: output directory of another job, whose refittable plans get this job's weights instead of a build.
+        unmeasured: see the function of that name.
     """
 
     target: TensorRtTarget
@@ -291,6 +294,7 @@ class TensorRt:
     options: BuildOptions = field(default_factory=BuildOptions)
     timings: str | None = None
     refit: Path | None = None
+    unmeasured: str = ""
     baseline: str = "FP16 plans, lowered and built the same way"
     float_arithmetic: str = "FP16"
     graphs: int = 2 * len(PARTS)
@@ -418,18 +422,19 @@ class TensorRt:
         return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
 
     def told(self, folder: Path) -> list[str]:
-        """As `Target.told`: how many quantized layers became what, why, and that nothing was measured on this GPU."""
+        """As `Target.told`: how many quantized layers became what, the commonest reason, and why INT8 is everywhere."""
         layers = [layer for layer in self.lowered(folder).values() if layer.reason or layer.compute != FLOAT_GEMM]
         kinds = Counter(layer.compute for layer in layers)
         lines = [
-            f"{self.folder}: {len(layers)} layers: {', '.join(f'{count} × {kind}' for kind, count in kinds.items())}"
+            f"{self.folder}: {len(layers)} layers: {'; '.join(f'{count} × {kind}' for kind, count in kinds.items())}"
         ]
-        reasons = Counter(layer.reason for layer in layers if layer.reason)
+        reasons = [layer.reason.partition("; FP16 rounds")[0] for layer in layers if layer.reason]
         if reasons:
-            why, _ = reasons.most_common(1)[0]
-            lines.append(f"{reasons.total()} of them not as asked, each told in {LOWERING}; most often: {why}")
-        if self.placement == EVERYWHERE and kinds[INT8_GEMM]:
-            lines.append("INT8 wherever it can be: no placement was measured for this GPU; `samq-export place` does so")
+            alike = Counter(_NUMBER.sub("", reason) for reason in reasons).most_common(1)[0][0]
+            why = next(reason for reason in reasons if _NUMBER.sub("", reason) == alike)
+            lines.append(f"{len(reasons)} of them not as asked, each told in {LOWERING}; most often: {why}")
+        if self.unmeasured and kinds[INT8_GEMM]:
+            lines.append(f"INT8 wherever it can be: {self.unmeasured}")
         return lines
 
     def remarks(self, folder: Path) -> list[Remarks]:
@@ -467,7 +472,9 @@ def tensorrt_target(job: Job) -> TensorRt:
     options = {name: value for name, value in job.build_options.items() if name not in (REFIT, TIMING_CACHE)}
     timings, refit = (job.build_options.get(name) for name in (TIMING_CACHE, REFIT))
     refitted = None if refit is None else Path(refit)
-    return TensorRt(target, low_rank, placement_of(job), BuildOptions.from_json(options), timings, refitted)
+    return TensorRt(
+        target, low_rank, placement_of(job), BuildOptions.from_json(options), timings, refitted, unmeasured(job)
+    )
 
 
 def with_timings(options: BuildOptions, folder: str | None, reporter: Reporter) -> BuildOptions:
@@ -516,6 +523,21 @@ def placement_of(job: Job) -> Placement:
     if job.target not in (None, _name_of(version)):
         return EVERYWHERE  # nothing was measured with the other one
     return shipped_for(gpu.name, version)
+
+
+def unmeasured(job: Job) -> str:
+    """Why no measured placement is known where one would be taken; empty where one is, or the job has its own."""
+    if job.placement not in (None, SHIPPED):
+        return ""
+    try:
+        version, gpu = tensorrt.about()
+    except MachineLacks:
+        return "no GPU with TensorRT is here; `build` on one places layers as measured there, where samq knows that"
+    if job.target not in (None, _name_of(version)):
+        return f"the TensorRT here is {version}, and nothing is known of {job.target}"
+    if shipped_for(gpu.name, version) != EVERYWHERE:
+        return ""
+    return f"no placement was measured for {gpu.name} with TensorRT {version}; `samq-export place` does so"
 
 
 def target_at_hand() -> TensorRtTarget:

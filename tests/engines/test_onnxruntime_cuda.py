@@ -174,6 +174,7 @@ WHERE = "; GPU=0 ; hostname=host ; file=cuda_call.cc ; line=5 ; expr=cudaStreamS
         ("CUDA failure 209: no kernel ", MachineLacks, "a.onnx: the GPU fails (CUDA failure 209: no kernel);"),
         ("CUDA failure 700: illegal ", MachineLacks, "a.onnx: the GPU fails (CUDA failure 700: illegal);"),
         ("CUDNN failure 8: CUDNN_STATUS_X ", MachineLacks, "a.onnx: the GPU fails (CUDNN failure 8: CUDNN_STATUS_X);"),
+        ("CUDNN_FE failure 11: BACKEND ", MachineLacks, "a.onnx: the GPU fails (CUDNN_FE failure 11: BACKEND);"),
         ("Failed to allocate memory for requested buffer", MachineLacks, "a.onnx: out of memory; use a smaller batch"),
         ("Got invalid dimensions for input", BadInput, "a.onnx: Non-zero status code"),
     ],

@@ -112,7 +112,8 @@ def test_the_whole_encoder_has_the_last_word(
     path = tmp_path / "placement.yaml"
     answer = samq("place", "--output-dir", exported, "--out", path)
     assert answer.code == 0, answer.err
-    assert "the whole encoder is not faster so than in FP16" in answer.err
+    why = "cannot be built so" if whole is None else "is not faster so than in FP16"
+    assert f"the whole encoder {why}: every block is placed in FP16" in answer.err
     assert "Whole encoder fp16: 2.0000 ms." in answer.out
     placement = load_placement(path)
     assert {placement.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
@@ -121,6 +122,31 @@ def test_the_whole_encoder_has_the_last_word(
     builds = len(machine.built)
     assert placed(exported, path) == placement
     assert len(machine.built) == builds
+
+
+def test_until_the_whole_encoder_has_spoken_every_block_is_in_fp16(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between its two builds; the first is kept, and so are both when fewer forms are asked for later."""
+
+    def interrupted(graph: onnx.GraphProto) -> bool:
+        if is_whole(graph) and quantizers(graph):
+            raise KeyboardInterrupt
+        return False
+
+    machine = TensorRtOnCpu(int8_wins, refuses=interrupted).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    assert samq("place", "--output-dir", exported, "--out", path).code == 130
+    assert {load_placement(path).form(f"{block}.x") for block in BLOCKS} == {"fp16"}
+    assert list(load_placement(path).whole) == ["fp16"]
+    machine.refuses = lambda graph: False
+    machine.built.clear()
+    whole = placed(exported, path)
+    assert len(machine.built) == 1
+    assert {whole.form(f"{block}.x") for block in BLOCKS} <= {"branch", "fold"}
+    assert placed(exported, path, "--forms", "fp16").whole == whole.whole
+    assert placed(exported, path) == whole
+    assert len(machine.built) == 1
 
 
 def test_int8_in_mlps_alone_can_be_measured(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,15 @@ from samq.tools.job import SHAPES, Job
 from samq.tools.latency import alternate
 from samq.tools.outdir import OutputDir
 from samq.tools.progress import Reporter
-from samq.tools.targets import OnnxRuntimeCpu, OnnxRuntimeCuda, TensorRt, executions, target_of, tensorrt_target
+from samq.tools.targets import (
+    OnnxRuntimeCpu,
+    OnnxRuntimeCuda,
+    TensorRt,
+    executions,
+    target_of,
+    tensorrt_target,
+    unmeasured,
+)
 
 TENSORRT = ("trt8", "trt10", "trt11")
 GPU = Device("NVIDIA Orin", (8, 7), 30_000)
@@ -111,13 +119,13 @@ def test_stages_that_an_export_makes_void_are_named(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
-    answer = samq("export", "--output-dir", out, "--target", "trt8")
+    again = samq("run", *whole_job(inputs), "--output-dir", out, "--target", "trt8")
+    assert again.code == 0, again.err
+    assert "onnx/ is for one image" in again.err
+    assert "`samq-export" not in again.err, "it makes all of them again"
+    answer = samq("export", "--output-dir", out, "--low-rank", "fold")
     assert answer.code == 0, answer.err
     assert "`samq-export build --engine onnxruntime` and `samq-export validate` again" in answer.err
-    assert "onnx/ is for one image" in answer.err
-    again = samq("run", *whole_job(inputs), "--output-dir", out)
-    assert again.code == 0, again.err
-    assert "again" not in again.err
 
 
 def test_a_placement_that_no_target_heeds_is_refused(out: Path, inputs: Inputs, tmp_path: Path) -> None:
@@ -239,7 +247,7 @@ def test_a_build_is_told_to_go_on_until_it_ends(tmp_path: Path, monkeypatch: pyt
     class Hears(Reporter):
         def say(self, message: str) -> None:
             super().say(message)
-            if message == "image_encoder.plan: build, 0 s so far":
+            if message.startswith("image_encoder.plan: build, ") and message.endswith(" s so far"):
                 heard.set()
 
     def build(onnx: Path, plan: Path, options: BuildOptions, progress: Progress) -> None:
@@ -326,6 +334,10 @@ def test_an_engine_s_own_clock_is_preferred() -> None:
 
 
 def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> tuple[str, Device]:
+        raise MachineLacks("no TensorRT here")
+
+    monkeypatch.setattr(tensorrt, "about", nothing)
     monkeypatch.chdir(tmp_path)
     Path("placement.yaml").write_text("layers:\n  vision_encoder.backbone.blocks.0.*: fp16\n")
     answer = samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml")
@@ -334,7 +346,7 @@ def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypat
     placed = {name for name, layer in layers.items() if layer["reason"].startswith(PLACED)}
     assert placed == {name for name in layers if name.startswith("vision_encoder.backbone.blocks.0.")}
     assert f"{len(placed)} of them not as asked, each told in lowering.json; most often: {PLACED}" in answer.err
-    assert "no placement was measured" not in answer.err
+    assert "INT8 wherever it can be" not in answer.err
     answer = samq("export", "--output-dir", out, "--target", "trt8", "--low-rank", "fold")
     assert f"most often: {PLACED}" in answer.err, "a file that was named counts for later stages"
     answer = samq("export", "--output-dir", out, "--target", "trt8", "--placement", "shipped")
@@ -342,7 +354,7 @@ def test_layers_are_placed_as_the_file_says(out: Path, tmp_path: Path, monkeypat
     layers = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())
     gemms = sum(layer["compute"] == "INT8 GEMM" for part in PARTS for layer in layers[part]["layers"].values())
     assert f"trt8: {gemms} layers: {gemms} × INT8 GEMM" in answer.err
-    assert "no placement was measured for this GPU; `samq-export place` does so" in answer.err
+    assert "no GPU with TensorRT is here" in answer.err
     Path("placement.yaml").write_text("layers:\n  '*': fp32\n")
     refused(
         samq("export", "--output-dir", out, "--target", "trt8", "--placement", "placement.yaml"), 2, "line 2", "fp16"
@@ -363,6 +375,19 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
         assert tensorrt_target(Job("m", target="trt11")).placement.form(block) == "int8"
         assert tensorrt_target(Job("m", placement="shipped")).placement.form(block) == form
         assert tensorrt_target(Job("m", placement="none")).placement.form(block) == "int8"
+
+
+def test_why_nothing_measured_is_known_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", Device("NVIDIA H200", (9, 0), 1)))
+    assert (
+        unmeasured(Job("m"))
+        == unmeasured(Job("m", placement="shipped"))
+        == unmeasured(Job("m", placement="none"))
+        == ""
+    )
+    assert "nothing is known of trt10" in unmeasured(Job("m", target="trt10"))
+    monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", Device("Orin", (8, 7), 1)))
+    assert "no placement was measured for Orin with TensorRT 8.6.0; `samq-export place`" in unmeasured(Job("m"))
 
 
 def test_shipped_placements_choose_the_fastest_form() -> None:

@@ -283,7 +283,7 @@ def test_the_report_says_what_became_of_each_layer_and_why(
         assert all(note in text for note in told.values())
 
 
-@pytest.mark.parametrize(("edges", "told"), [("FP16", True), ("FP32", False), ("", False)])
+@pytest.mark.parametrize(("edges", "told"), [("FP16", True), ("FP32", False), ("FP32/FP16", False), ("", False)])
 def test_layers_that_samq_placed_are_no_misfits(
     edges: str, told: bool, out: Path, machine: TensorRtOnCpu, inputs: Inputs, tmp_path: Path
 ) -> None:
@@ -299,7 +299,7 @@ def test_layers_that_samq_placed_are_no_misfits(
     assert {*report["placed"], *report["disagreements"]} == quantized
     state, sentence = headline(report)
     assert (state == PASSED) == told
-    assert (f"but for {len(quantized)} in {FLOAT_GEMM}, as samq placed or lowered them" in sentence) == told
+    assert (f"samq runs {len(quantized)} layers as {FLOAT_GEMM}" in sentence) == told
     assert (claims(report)[-1].state, claims(report)[-1].achieved.split()[0]) == (PLAIN if told else WARNING, "0")
     page = (out / "report/report.html").read_text()
     assert (f"{len(quantized)} layers lowered to {FLOAT_GEMM}: {PLACED}." in page) == told

@@ -14,7 +14,7 @@ import samq
 from samq.calib.parts import PARTS
 from samq.engines.base import Executed
 from samq.engines.kernels import Launched
-from samq.engines.tensorrt_layers import UNKNOWN
+from samq.engines.tensorrt_layers import inside_region
 from samq.export.lower_tensorrt import FLOAT_GEMM, LoweredLayer
 from samq.quant.config import Recipe
 from samq.tools.engine_start import file_bytes
@@ -247,8 +247,8 @@ def _placed(lowered: LoweredLayer | None, found: Executed | None) -> bool:
     """
     if lowered is None or not lowered.reason or found is None:
         return False
-    inside = lowered.compute == FLOAT_GEMM and found.compute.startswith(UNKNOWN) and "FP16" in found.compute
-    return inside or found.compute == lowered.compute
+    told = {lowered.compute, inside_region("FP16")} if lowered.compute == FLOAT_GEMM else {lowered.compute}
+    return set(found.compute.split(" and ")) <= told  # several GEMMs of one layer, see `samq.engines.base.together`
 
 
 def _sizes(out: OutputDir, target: Target, quantized: list[dict[str, Any]]) -> dict[str, Any]:

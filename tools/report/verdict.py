@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samq.engines.kernels import GEMM
-from samq.tools.gates import ACCURACY_GATE, SPEED_GATE
+from samq.tools.gates import ACCURACY_GATE, SPEED_GATE, is_as_fast
 from samq.tools.half_precision import BROKEN, DIFFERS
 from samq.tools.report.units import counted, data_size, joined, milliseconds, number, percent
 
@@ -61,10 +61,10 @@ def headline(report: dict[str, Any]) -> tuple[str, str]:
     if misfits:
         return WARNING, f"{'Every gate passed, but ' if gates else ''}{differ}"
     if gates:
-        return PASSED, f"Passed: everything that was asked for{placed}"
+        return PASSED, f"Passed: everything that was asked for{placed and f'; {placed}'}"
     if not report["accuracy"]["count"]:
         return UNKNOWN, "Built; accuracy was not measured"
-    return PLAIN, f"Built as requested{placed}; no gate was set"
+    return PLAIN, f"Built{f'; {placed}' if placed else ' as requested'}; no gate was set"
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -86,14 +86,17 @@ def verdict(report: dict[str, Any]) -> str:
         f"{size['quantized_layers']} layers quantized, to {size['quantized_layers_ratio']:.3f} of their FP16 bytes; "
         f"ONNX files at {size['file_ratio']:.3f} of FP16."
     )
-    faster = "faster" if latency["speedup"] >= 1 else "SLOWER"
+    faster = "faster" if is_as_fast(latency["speedup"]) else "SLOWER"
     lines.append(
         f"{latency['engine']}: {latency['quantized_ms']:.1f} ms against {latency['baseline_ms']:.1f} ms "
         f"({latency['speedup']:.2f}× as fast as {latency['baseline']}: {faster})."
     )
-    lines.append(
-        _misfits(report) if report["disagreements"] else f"Every quantized layer executes what was requested{placed}."
-    )
+    if report["disagreements"]:
+        lines.append(_misfits(report))
+    elif not placed:
+        lines.append("Every quantized layer executes what was requested.")
+    if placed:
+        lines.append(f"{placed[0].upper()}{placed[1:]}.")
     for gate in report["gates"]:
         state = "passed" if gate["passed"] else "MISSED"
         reached = "unknown" if gate["reached"] is None else f"{gate['reached']:.4f}"
@@ -205,9 +208,9 @@ def _size(report: dict[str, Any]) -> Claim:
 
 def _speed(report: dict[str, Any]) -> Claim:
     latency = report["latency"]
-    asked, state = _gate(report, SPEED_GATE, PLAIN if latency["speedup"] >= 1 else WARNING)
+    asked, state = _gate(report, SPEED_GATE, PLAIN if is_as_fast(latency["speedup"]) else WARNING)
     figures = f"{milliseconds(latency['baseline_ms'])} → {milliseconds(latency['quantized_ms'])} an image and box"
-    of = "as fast as the baseline" + ("" if latency["speedup"] >= 1 else ": slower")
+    of = "as fast as the baseline" + ("" if is_as_fast(latency["speedup"]) else ": slower")
     return Claim("Speed", asked, f"{latency['speedup']:.2f}×", of, f"{figures}; baseline {latency['baseline']}", state)
 
 
@@ -216,7 +219,7 @@ def _executed(report: dict[str, Any]) -> Claim:
     misfits, placed = len(report["disagreements"]), len(report.get("placed", []))
     asked = joined(sorted({layer["requested"].partition(": ")[2] for layer in quantized})) if quantized else "nothing"
     detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
-    chosen = f"{counted(placed, 'layer')} otherwise, as samq placed or lowered them" if placed else ""
+    chosen = f"{counted(placed, 'layer')} otherwise, by samq's choice" if placed else ""
     detail = "; ".join(filter(None, (detail, chosen, products(report))))
     reached = f"{len(quantized) - misfits - placed} of {len(quantized)}"
     state = WARNING if misfits else PLAIN if placed else PASSED
@@ -224,13 +227,13 @@ def _executed(report: dict[str, Any]) -> Claim:
 
 
 def _placed(report: dict[str, Any]) -> str:
-    """What is executed otherwise by samq's own choice, to end a sentence with; empty where nothing is."""
+    """What is executed otherwise by samq's own choice, as a clause; empty where nothing is."""
     names = report.get("placed", [])
     if not names:
         return ""
     kinds = Counter(layer["lowered"]["compute"] for layer in report["layers"] if layer["name"] in names)
-    told = joined([f"{count} in {compute}" for compute, count in kinds.items()])
-    return f", but for {told}, as samq placed or lowered them"
+    told = joined([f"{counted(count, 'layer')} as {compute}" for compute, count in kinds.items()])
+    return f"samq runs {told}, which report and lowering.json explain"
 
 
 def _misfits(report: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ def _with_misfits(report: dict[str, Any]) -> None:
         layer["agrees"] = False
         layer["executed"] = SCRIPT
         layer["notes"] = [IMAGE]
+        del layer["placed"]  # as in reports of before
     report["layers"][7]["name"] = IMAGE
     report["disagreements"] = [layer["name"] for layer in report["layers"] if not layer["agrees"]]
     report["commands"] = [{"command": f"samq-export run {SCRIPT}", "stages": ["quantize"]}]
