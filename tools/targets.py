@@ -285,7 +285,7 @@ class TensorRt:
         options: of the builder, but for the timing cache.
         timings: folder of the timing cache, "none", or None for that in the user's cache directory.
         refit: output directory of another job, whose refittable plans get this job's weights instead of a build.
-        unmeasured: see the function of that name.
+        unmeasured: why no measured placement is known; empty where one is, or where the job has its own.
     """
 
     target: TensorRtTarget
@@ -472,9 +472,8 @@ def tensorrt_target(job: Job) -> TensorRt:
     options = {name: value for name, value in job.build_options.items() if name not in (REFIT, TIMING_CACHE)}
     timings, refit = (job.build_options.get(name) for name in (TIMING_CACHE, REFIT))
     refitted = None if refit is None else Path(refit)
-    return TensorRt(
-        target, low_rank, placement_of(job), BuildOptions.from_json(options), timings, refitted, unmeasured(job)
-    )
+    placement, why = _placement(job)
+    return TensorRt(target, low_rank, placement, BuildOptions.from_json(options), timings, refitted, why)
 
 
 def with_timings(options: BuildOptions, folder: str | None, reporter: Reporter) -> BuildOptions:
@@ -512,32 +511,26 @@ def placement_of(job: Job) -> Placement:
     Raises:
         UsageError: the job's own cannot be read.
     """
+    return _placement(job)[0]
+
+
+def _placement(job: Job) -> tuple[Placement, str]:
+    """A job's placement, and why no measured one is known where it would be taken."""
     if job.placement == NO_PLACEMENT:
-        return EVERYWHERE
+        return EVERYWHERE, ""
     if job.placement not in (None, SHIPPED):
-        return load_placement(Path(str(job.placement)))
+        return load_placement(Path(str(job.placement))), ""
     try:
         version, gpu = tensorrt.about()
     except MachineLacks:
-        return EVERYWHERE
+        why = "no GPU with TensorRT is here; `build` on one places layers as measured there, where samq knows that"
+        return EVERYWHERE, why
     if job.target not in (None, _name_of(version)):
-        return EVERYWHERE  # nothing was measured with the other one
-    return shipped_for(gpu.name, version)
-
-
-def unmeasured(job: Job) -> str:
-    """Why no measured placement is known where one would be taken; empty where one is, or the job has its own."""
-    if job.placement not in (None, SHIPPED):
-        return ""
-    try:
-        version, gpu = tensorrt.about()
-    except MachineLacks:
-        return "no GPU with TensorRT is here; `build` on one places layers as measured there, where samq knows that"
-    if job.target not in (None, _name_of(version)):
-        return f"the TensorRT here is {version}, and nothing is known of {job.target}"
-    if shipped_for(gpu.name, version) != EVERYWHERE:
-        return ""
-    return f"no placement was measured for {gpu.name} with TensorRT {version}; `samq-export place` does so"
+        return EVERYWHERE, f"the TensorRT here is {version}, and nothing is known of {job.target}"
+    shipped = shipped_for(gpu.name, version)
+    if shipped != EVERYWHERE:
+        return shipped, ""
+    return shipped, f"no placement was measured for {gpu.name} with TensorRT {version}; `samq-export place` does so"
 
 
 def target_at_hand() -> TensorRtTarget:

@@ -42,7 +42,6 @@ from samq.tools.targets import (
     executions,
     target_of,
     tensorrt_target,
-    unmeasured,
 )
 
 TENSORRT = ("trt8", "trt10", "trt11")
@@ -379,15 +378,25 @@ def test_a_gpu_that_was_measured_gets_its_placement(monkeypatch: pytest.MonkeyPa
 
 def test_why_nothing_measured_is_known_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", Device("NVIDIA H200", (9, 0), 1)))
-    assert (
-        unmeasured(Job("m"))
-        == unmeasured(Job("m", placement="shipped"))
-        == unmeasured(Job("m", placement="none"))
-        == ""
-    )
-    assert "nothing is known of trt10" in unmeasured(Job("m", target="trt10"))
+    for placement in (None, "shipped", "none"):
+        assert tensorrt_target(Job("m", placement=placement)).unmeasured == ""
+    assert "nothing is known of trt10" in tensorrt_target(Job("m", target="trt10")).unmeasured
     monkeypatch.setattr(tensorrt, "about", lambda: ("8.6.0", Device("Orin", (8, 7), 1)))
-    assert "no placement was measured for Orin with TensorRT 8.6.0; `samq-export place`" in unmeasured(Job("m"))
+    told = tensorrt_target(Job("m")).unmeasured
+    assert told == "no placement was measured for Orin with TensorRT 8.6.0; `samq-export place` does so"
+
+
+def test_an_encoder_that_no_cuda_graph_can_record_is_told(
+    finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was exported without --device cuda; the CPU stands in for the GPU."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    monkeypatch.setattr(stages, "target_of", lambda job: OnnxRuntimeCpu())
+    answer = samq("build", "--output-dir", out, "--device", "cuda")
+    assert answer.code == 0, answer.err
+    assert "exported for dynamic shapes: the encoder is not recorded as a CUDA graph" in answer.err
+    assert "`samq-export export --device cuda`" in answer.err
 
 
 def test_shipped_placements_choose_the_fastest_form() -> None:
