@@ -190,9 +190,10 @@ class _Build:
             return
         with _alone_in(path.parent), written_whole(path) as temporary:
             content = _content(path)
-            others = None if content == self.refused else self._read_timings(config, content)
-            if content not in (b"", self.refused) and (others is None or not cache.combine(others, False)):
-                self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
+            if content not in (b"", self.refused):
+                others = self._read_timings(config, content)
+                if others is None or not cache.combine(others, False):
+                    self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
             temporary.write_bytes(cache.serialize())
 
     def _describe(

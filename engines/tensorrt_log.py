@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -133,18 +133,21 @@ def new_builder(api: Any, logger: trt.ILogger, log: Log, onnx_path: Path) -> trt
     Raises:
         SamqError: TensorRT does not start.
     """
-    try:
-        return api.Builder(logger)
-    except TypeError as error:  # what the bindings raise where the library gives nothing
-        raise failure(onnx_path, log) from error
+    builder: trt.Builder = _started(api.Builder, logger, log, onnx_path)
+    return builder
 
 
 def new_runtime(api: Any, logger: trt.ILogger, log: Log, plan_path: Path) -> trt.Runtime:
     """A runtime; arguments and errors are those of `new_builder`."""
+    runtime: trt.Runtime = _started(api.Runtime, logger, log, plan_path)
+    return runtime
+
+
+def _started(kind: Callable[[trt.ILogger], Any], logger: trt.ILogger, log: Log, path: Path) -> Any:
     try:
-        return api.Runtime(logger)
-    except TypeError as error:
-        raise failure(plan_path, log) from error
+        return kind(logger)
+    except TypeError as error:  # what the bindings raise where the library gives nothing
+        raise failure(path, log) from error
 
 
 def failure(path: Path, log: Log) -> SamqError:
