@@ -11,10 +11,8 @@ Whatever else differs between versions is looked up by name; tests hold every na
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +21,6 @@ from samq.engines.base import sidecar_of
 from samq.engines.cuda import Device, find_device
 from samq.engines.tensorrt_layers import EngineLayer, read_layers, with_regions
 from samq.engines.tensorrt_log import (
-    ERROR,
-    INFO,
     WARNING,
     Log,
     captured,
@@ -47,9 +43,10 @@ from samq.engines.tensorrt_network import (
 from samq.engines.tensorrt_parse import parse_into
 from samq.engines.tensorrt_plan import BuildOptions, PlanInfo, log_of, save_info
 from samq.engines.tensorrt_progress import Progress, Watch, silent
+from samq.engines.tensorrt_timings import Timings, keep_timings, timings_file, use_timings
 from samq.engines.tensorrt_weights import refittable_parts
 from samq.errors import BadInput, MachineLacks
-from samq.files import locked, sha256_of, write_text, written_whole
+from samq.files import sha256_of, write_text, written_whole
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -100,7 +97,6 @@ class _Build:
         self.onnx_path, self.plan_path = onnx_path, plan_path
         self.version = version_of(api)
         self.logger, self.watch = logger, Watch(progress)
-        self.refused = b""  # timings that do not fit
 
     def run(self) -> PlanInfo:
         started = time.perf_counter()
@@ -111,16 +107,16 @@ class _Build:
         self.progress("parse", 0, 0)
         parse_into(api, network, self.logger, self.log, self.onnx_path)
         config = self._config(builder, network, strong)
-        cache = self._timing_cache(config)
+        timings = self._timings(config)
         self.progress("build", 0, 0)
         plan: trt.IHostMemory | None = builder.build_serialized_network(network, config)
         if self.watch.raised is not None:
             raise self.watch.raised
         if plan is None:
             raise failure(self.onnx_path, self.log)
-        if cache is not None:
+        if timings is not None:
             try:
-                self._keep_timings(config, cache)
+                keep_timings(config, timings, self.log)
             except MachineLacks as error:  # a plan took minutes, and is worth more than its timings
                 self.log.messages.append((WARNING, f"timings are not kept: {error}"))
         with written_whole(self.plan_path) as temporary:
@@ -154,47 +150,12 @@ class _Build:
             config.progress_monitor = self.watch.monitor(api)
         return config
 
-    def _timing_cache(self, config: trt.IBuilderConfig) -> Path | None:
-        """Let the builder reuse earlier timings; returns where to keep them."""
+    def _timings(self, config: trt.IBuilderConfig) -> Timings | None:
+        """Let the builder use earlier timings; told now, not after the build, where they cannot be written."""
         if self.options.timing_cache is None:
             return None
-        path = Path(self.options.timing_cache) / timing_cache_name(self.version, self.device)
-        with _alone_in(path.parent):  # also to be told now, not after the build, that it cannot be written
-            kept = _content(path)
-        for content in (kept, b""):
-            cache = self._read_timings(config, content)
-            if cache is not None and config.set_timing_cache(cache, False):
-                break
-            self.refused = content
-            why = "does not fit" if cache is not None else "cannot be read by this TensorRT"
-            self.log.messages.append((WARNING, f"{path.name} {why}; timings are measured anew"))
-        return path
-
-    def _read_timings(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache | None:
-        """Timings that were written before, or None where TensorRT cannot read them.
-
-        8.6 says so in its log alone and returns a cache all the same, even of timings of fused regions that it wrote.
-        What it says is no error of the build, and must not stand for the reason of one.
-        """
-        before = len(self.log.messages)
-        cache: trt.ITimingCache | None = config.create_timing_cache(content)
-        said = self.log.messages[before:]
-        self.log.messages[before:] = [(INFO if severity == ERROR else severity, text) for severity, text in said]
-        refused = any(severity == ERROR for severity, _ in said)
-        return None if refused else cache
-
-    def _keep_timings(self, config: trt.IBuilderConfig, path: Path) -> None:
-        """Write the timings, and with them what builds beside this one have written since it began."""
-        cache: trt.ITimingCache | None = config.get_timing_cache()
-        if cache is None:
-            return
-        with _alone_in(path.parent), written_whole(path) as temporary:
-            content = _content(path)
-            if content not in (b"", self.refused):
-                others = self._read_timings(config, content)
-                if others is None or not cache.combine(others, False):
-                    self.log.messages.append((WARNING, f"{path.name} does not fit; it is written anew"))
-            temporary.write_bytes(cache.serialize())
+        path = timings_file(Path(self.options.timing_cache), self.version, self.device)
+        return use_timings(config, path, self.log)
 
     def _describe(
         self, network: trt.INetworkDefinition, plan: trt.IHostMemory, strong: bool, seconds: float
@@ -238,27 +199,6 @@ class _Build:
             return ()
 
 
-def _content(path: Path) -> bytes:
-    """Of a file; nothing where there is none yet."""
-    return path.read_bytes() if path.is_file() else b""
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other build keeps its timings in a folder, where its file system has locks.
-
-    Raises:
-        MachineLacks: there is no such folder, and it cannot be made.
-    """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder))
-        except OSError as error:
-            raise MachineLacks(f"{folder}: cannot be written ({error.strerror}); name another timing_cache") from error
-        yield
-
-
 def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool) -> tuple[str, ...]:
     """Names of the builder flags to set.
 
@@ -273,12 +213,6 @@ def wanted_flags(options: BuildOptions, *, strongly_typed: bool, quantized: bool
         "REFIT": options.refittable,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
-
-
-def timing_cache_name(version: str, device: Device) -> str:
-    """Timings hold for one version on one kind of GPU."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-    return f"tensorrt-{version}-{gpu}.cache"
 
 
 def tactic_sources(api: Any, config: trt.IBuilderConfig, off: Sequence[str]) -> int:

@@ -89,7 +89,7 @@ class Simulation:
         done: (Class.member, arguments or value) of everything that was called or set.
         fails: Class.member → what it gives instead of its result; a Builder or a Runtime itself cannot be had.
         says: what is logged by the calls of a Class.member.
-        cannot_read: timings that are answered by an error in the log, and a cache all the same.
+        cannot_read: among timings, it is answered by an error in the log, and a cache of the others.
     """
 
     def __init__(self, version: str) -> None:
@@ -200,9 +200,10 @@ class Simulation:
 
     def _timing_cache(self, content: bytes) -> Any:
         """Timings are letters, `!` those of the build itself; what is of another driver is read, and not combined."""
-        if content and content == self.cannot_read:
-            self.logger.log("ERROR", "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin")
         held = [content]
+        if self.cannot_read and self.cannot_read in content:
+            self.logger.log("ERROR", "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin")
+            held = [content.replace(self.cannot_read, b"")]
 
         def combine(other: Any, ignore_mismatch: bool) -> bool:
             fits = ignore_mismatch or b"another" not in other.content
@@ -233,8 +234,6 @@ class Simulation:
             if not going:
                 self.done.append(("cancelled", None))
                 return None
-        cache = next(reversed(self.values("IBuilderConfig.set_timing_cache")), None)
-        config.known["get_timing_cache"] = lambda: cache[0]
         return Host(json.dumps(network.content).encode())
 
     def _Runtime(self, logger: Any) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
 
-from samq.engines import cuda, tensorrt_build, tensorrt_log
+from samq.engines import cuda, tensorrt_log, tensorrt_timings
 from samq.engines.base import Executed
 from samq.engines.cuda import Device
-from samq.engines.tensorrt_build import build_engine, timing_cache_name, wanted_flags
+from samq.engines.tensorrt_build import build_engine, wanted_flags
 from samq.engines.tensorrt_network import profile_shapes
-from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, PlanTensor, executed_layers, load_info
+from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, PlanInfo, PlanTensor, executed_layers, load_info
+from samq.engines.tensorrt_progress import Progress, silent
+from samq.engines.tensorrt_timings import timings_file
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.files import sha256_of
 
@@ -139,91 +141,118 @@ def test_a_static_graph_has_no_profile(trt: Simulation, onnx: Path, tmp_path: Pa
     assert not trt.values("IBuilderConfig.set_memory_pool_limit")
 
 
-def test_timings_are_kept_and_reused(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "timings" / f"tensorrt-{trt.version}-nvidia-h100-80gb-hbm3.cache"
-    options = BuildOptions(ranges=RANGES, timing_cache=str(cache.parent))
-    build_engine(onnx, tmp_path / "part.plan", options)
-    assert cache.read_bytes() == b"!"
-    cache.write_bytes(b"ab")
-    build_engine(onnx, tmp_path / "part.plan", options)
-    assert trt.values("IBuilderConfig.create_timing_cache")[-2] == (b"ab",)
-    assert cache.read_bytes() == b"ab!"
-    assert list(cache.parent.iterdir()) == [cache]
+@pytest.fixture
+def timings(trt: Simulation, tmp_path: Path) -> Path:
+    """File of the timings; this process holds none."""
+    tensorrt_timings._HELD.clear()
+    return timings_file(tmp_path / "timings", trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
+
+
+def build(onnx: Path, timings: Path, progress: Progress = silent) -> PlanInfo:
+    options = BuildOptions(ranges=RANGES, timing_cache=str(timings.parent))
+    return build_engine(onnx, onnx.with_suffix(".plan"), options, progress)
+
+
+def test_timings_are_kept_and_reused(trt: Simulation, onnx: Path, timings: Path) -> None:
+    assert timings.name == f"tensorrt-{trt.version}-nvidia-h100-80gb-hbm3.cache"
+    build(onnx, timings)
+    assert timings.read_bytes() == b"!"
+    tensorrt_timings._HELD.clear()  # another process
+    timings.write_bytes(b"ab")
+    build(onnx, timings)
+    assert trt.values("IBuilderConfig.create_timing_cache") == [(b"",), (b"ab",)]
+    assert timings.read_bytes() == b"ab!"
+    assert list(timings.parent.iterdir()) == [timings]
+
+
+def test_a_process_holds_on_to_its_timings(trt: Simulation, onnx: Path, timings: Path) -> None:
+    """8.6 does not read back all that it writes."""
+    trt.cannot_read = b"!"
+    for others in (None, None, b"c"):
+        if others:
+            timings.write_bytes(others)
+        assert not [warning for warning in build(onnx, timings).warnings if timings.name in warning]
+    used = [cache for cache, _ in trt.values("IBuilderConfig.set_timing_cache")]
+    assert used[1] is used[0]
+    assert used[2] is used[0]
+    assert timings.read_bytes() == b"c!"
+
+
+def test_timings_that_were_thrown_away_are_measured_anew(trt: Simulation, onnx: Path, timings: Path) -> None:
+    build(onnx, timings)
+    timings.unlink()
+    build(onnx, timings)
+    first, second = (cache for cache, _ in trt.values("IBuilderConfig.set_timing_cache"))
+    assert second is not first
 
 
 @pytest.mark.parametrize(("others", "kept"), [(b"abc", b"a!bc"), (b"of another driver", b"a!")])
 def test_builds_at_once_keep_the_timings_of_each(
-    others: bytes, kept: bytes, trt: Simulation, onnx: Path, tmp_path: Path
+    others: bytes, kept: bytes, trt: Simulation, onnx: Path, timings: Path
 ) -> None:
     """Another one, which began with the same file, ends while this one builds."""
-    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
-    cache.write_bytes(b"a")
+    timings.parent.mkdir()
+    timings.write_bytes(b"a")
 
     def end_another(phase: str, _: int, __: int) -> None:
         if phase == "build":
-            cache.write_bytes(others)
+            timings.write_bytes(others)
 
-    options = BuildOptions(ranges=RANGES, timing_cache=str(tmp_path))
-    info = build_engine(onnx, tmp_path / "part.plan", options, end_another)
-    assert sorted(cache.read_bytes()) == sorted(kept)
-    assert (f"{cache.name} does not fit; it is written anew" in info.warnings) == (kept == b"a!")
+    info = build(onnx, timings, end_another)
+    assert sorted(timings.read_bytes()) == sorted(kept)
+    assert (f"{timings.name} does not fit; it is written anew" in info.warnings) == (kept == b"a!")
 
 
-def test_timings_that_cannot_be_kept_are_told(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    options = BuildOptions(ranges=RANGES, timing_cache=str(onnx / "timings"))
+def test_timings_that_cannot_be_kept_are_told(trt: Simulation, onnx: Path) -> None:
     with pytest.raises(MachineLacks, match="timing_cache"):
-        build_engine(onnx, tmp_path / "part.plan", options)
+        build(onnx, onnx / "timings" / "of.cache")
     assert not trt.values("Builder.build_serialized_network"), "before the minutes that a build takes"
 
 
 def test_timings_that_cannot_be_kept_any_more_cost_no_plan(
-    trt: Simulation, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    onnx: Path, timings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up during the build."""
-    written_whole = tensorrt_build.written_whole
 
     def full(path: Path) -> Any:
-        if path.suffix == ".cache":
-            raise MachineLacks(f"{path}: the disk is full")
-        return written_whole(path)
+        raise MachineLacks(f"{path}: the disk is full")
 
-    monkeypatch.setattr(tensorrt_build, "written_whole", full)
-    plan = tmp_path / "part.plan"
-    info = build_engine(onnx, plan, BuildOptions(ranges=RANGES, timing_cache=str(tmp_path / "timings")))
-    assert load_info(plan) == info
+    monkeypatch.setattr(tensorrt_timings, "written_whole", full)
+    info = build(onnx, timings)
+    assert load_info(onnx.with_suffix(".plan")) == info
     assert [warning for warning in info.warnings if "timings are not kept" in warning and "disk is full" in warning]
 
 
-def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
-    cache.write_bytes(b"of another driver")
+def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, timings: Path) -> None:
+    build(onnx, timings)
+    timings.write_bytes(b"of another driver")
     trt.fails["IBuilderConfig.set_timing_cache"] = False
-    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
-    assert f"{cache.name} does not fit; timings are measured anew" in info.warnings
-    assert trt.values("IBuilderConfig.create_timing_cache")[:2] == [(b"of another driver",), (b"",)]
+    info = build(onnx, timings)
+    assert f"{timings.name} does not fit; timings are measured anew" in info.warnings
+    assert trt.values("IBuilderConfig.create_timing_cache")[1:] == [(b"of another driver",), (b"",)]
 
 
-def test_timings_that_cannot_be_read_are_measured_anew(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    """As 8.6 answers timings of fused regions: an error in the log, and a cache all the same."""
-    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
-    cache.write_bytes(b"of fused regions")
-    trt.cannot_read = b"of fused regions"
-    info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
-    assert [warning for warning in info.warnings if cache.name in warning] == [
-        f"{cache.name} cannot be read by this TensorRT; timings are measured anew"
+def test_timings_that_can_be_read_in_part_serve_as_far(trt: Simulation, onnx: Path, timings: Path) -> None:
+    """As 8.6 answers timings of fused regions: an error in the log, and a cache of the others."""
+    trt.cannot_read = b"fused"
+    timings.parent.mkdir()
+    timings.write_bytes(b"ab fused")
+    info = build(onnx, timings)
+    assert [warning for warning in info.warnings if timings.name in warning] == [
+        f"{timings.name} cannot be read in full by this TensorRT; the rest is measured anew"
     ]
-    assert cache.read_bytes() == b"!"
+    assert timings.read_bytes() == b"ab !"
 
 
-def test_timings_that_cannot_be_read_are_not_why_a_build_fails(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
-    cache = tmp_path / timing_cache_name(trt.version, Device("NVIDIA H100 80GB HBM3", (9, 0), 0))
-    cache.write_bytes(b"of fused regions")
+def test_timings_that_cannot_be_read_are_not_why_a_build_fails(trt: Simulation, onnx: Path, timings: Path) -> None:
+    timings.parent.mkdir()
+    timings.write_bytes(b"of fused regions")
     trt.cannot_read = b"of fused regions"
     trt.fails["Builder.build_serialized_network"] = None
     trt.says["Builder.build_serialized_network"] = [("ERROR", "4: Error Code 4: Internal Error (no dimensions.)")]
     with pytest.raises(BadInput, match=r"TensorRT fails \(Internal Error \(no dimensions"):
-        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES, timing_cache=str(tmp_path)))
-    assert "Myelin" in (tmp_path / "part.plan.log").read_text(encoding="utf-8")
+        build(onnx, timings)
+    assert "Myelin" in onnx.with_suffix(".plan.log").read_text(encoding="utf-8")
 
 
 def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
