@@ -49,13 +49,16 @@ from samq.export.fuse_attention import (
 from samq.export.graph import Writer, add_initializer, constant_of, remove_unused, replace_value
 from samq.export.half import to_fp16
 from samq.export.lower_onnxruntime import BLOCK_SIZES, packed_codes
+from samq.export.lowered_layer import FLOAT_GEMM, LoweredLayer
 from samq.export.merge_moves import merge_moves
 from samq.export.pad_planes import pad_planes
 from samq.export.sink_biases import sink_biases
-from samq.export.unpack_at_load import unpack_at_load
+from samq.export.unpack_at_load import layer_of, unpack_at_load
 
 FLOAT = ir.DataType.FLOAT
 FP32_ON_CPU = 1  # accuracy_level of MatMulNBits; the CUDA provider ignores it
+NO_INT8 = "ONNX Runtime has no INT8 GEMM worth having on CUDA, so activations stay FP16"
+UNPACKED = "packed weights would be dequantized at every run"
 ROW_INPUTS = (1, 2, 3)  # of MatMulNBits: codes, scales and zero-points, all [N, …]
 
 Weights = Literal["dequantized at load", "packed", "dequantized"]
@@ -67,10 +70,12 @@ class Lowered:
 
     Args:
         model: FP16 arithmetic, float32 inputs and outputs.
+        layers: every quantized layer, in graph order.
         rewrites: what each rewrite did, in order.
     """
 
     model: ir.Model
+    layers: dict[str, LoweredLayer]
     rewrites: tuple[Rewrite, ...]
 
 
@@ -94,7 +99,9 @@ def lower_for_onnxruntime_cuda(
     """
     fold_constants(model)
     rewrites = [fuse_attention(model)]
+    int8_inputs = {gemm.layer: gemm.inputs is not None for gemm in read_gemms(model)}
     _lower_gemms(model, packed=weights != "dequantized")
+    bits = _packed_bits(model)
     rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
     if separate:
         rewrites.append(separate_parts(model))
@@ -105,7 +112,33 @@ def lower_for_onnxruntime_cuda(
     to_fp16(model)
     if weights == "dequantized at load":
         rewrites.append(unpack_at_load(model))
-    return Lowered(model, tuple(rewrites))
+    packed = _packed_bits(model).keys()
+    layers = {
+        name: _lowered_layer(bits.get(name), packed=name in packed, int8_inputs=quantized)
+        for name, quantized in int8_inputs.items()
+    }
+    return Lowered(model, layers, tuple(rewrites))
+
+
+def _packed_bits(model: ir.Model) -> dict[str, int]:
+    """Bits of the weights of layers that MatMulNBits computes."""
+    nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    return {layer_of(node): node.attributes["bits"].as_int() for node in nodes}
+
+
+def _lowered_layer(bits: int | None, *, packed: bool, int8_inputs: bool) -> LoweredLayer:
+    """What became of a layer, and why that is not what was asked for.
+
+    Args:
+        bits: of its weights in the file, None for FP16 ones.
+        packed: its kernel reads the codes.
+    """
+    if packed:
+        return LoweredLayer(f"INT{bits} weights, FP16 arithmetic", NO_INT8 if int8_inputs else "")
+    compute, why = f"INT{bits} weights, dequantized at load, {FLOAT_GEMM}", UNPACKED
+    if bits is None:
+        compute, why = FLOAT_GEMM, "weights dequantized in the file"
+    return LoweredLayer(compute, f"{NO_INT8}, and {why}" if int8_inputs else why)
 
 
 def _lower_gemms(model: ir.Model, *, packed: bool) -> None:

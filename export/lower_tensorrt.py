@@ -38,6 +38,7 @@ from samq.export.graph import (
 )
 from samq.export.half import needing_float32, to_fp16
 from samq.export.layer_norm import write_out_layer_norms
+from samq.export.lowered_layer import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, LoweredLayer
 from samq.export.opset17 import to_opset17
 from samq.export.placement import EVERYWHERE, Form, Placement
 from samq.export.tensorrt_operators import fit_operators
@@ -48,26 +49,8 @@ from samq.export.tensorrt_weights import fp16_error, int4_blocks, int4_weight, i
 FLOAT = ir.DataType.FLOAT
 UNSIGNED_ZERO = 128  # the uint8 zero-point that is int8's 0
 PLACED = "faster in FP16: placed there"
-FLOAT_GEMM, INT8_GEMM, INT4_GEMM = "FP16 GEMM", "INT8 GEMM", "INT4 weights, FP16 arithmetic"
 
 Branch = Literal["branch", "fold"]
-
-
-@dataclass(frozen=True)
-class LoweredLayer:
-    """What a linear layer became.
-
-    Args:
-        compute: in words.
-        reason: why that is not what was asked for, and what FP16 rounds; empty where it is.
-        branch: what became of its low-rank branch, "kept" or "folded"; empty without one.
-        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a folded branch.
-    """
-
-    compute: str
-    reason: str = ""
-    branch: Literal["", "kept", "folded"] = ""
-    fold_error: float | None = None
 
 
 @dataclass(frozen=True)

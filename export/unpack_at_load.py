@@ -64,8 +64,8 @@ class _Branch:
 
 
 def _unpack(graph: ir.Graph, node: ir.Node) -> None:
-    layer, _, role = str(node.name).partition("/")
-    writer = _Constants(Writer(graph, node, node.metadata_props.get(LAYER_KEY, layer)), role)
+    role = str(node.name).partition("/")[2]
+    writer = _Constants(Writer(graph, node, layer_of(node)), role)
     branch = _branch_beside(node)
     weight = writer.weight(node)
     if branch is not None:
@@ -135,6 +135,11 @@ class _Constants:
 
     def _named(self, array: NDArray[Any], name: str) -> ir.Value:
         return self._writer.constant(array, f"weight/{self._role}/{name}")
+
+
+def layer_of(node: ir.Node) -> str:
+    """Name of the layer that a product belongs to."""
+    return node.metadata_props.get(LAYER_KEY, str(node.name).partition("/")[0])
 
 
 def weight_of(node: ir.Node) -> NDArray[np.float32]:

@@ -42,7 +42,8 @@ from samq.engines.tensorrt_plan import load_info as plan_info
 from samq.errors import BadInput, MachineLacks, UsageError
 from samq.export.lower_onnxruntime import lower_for_onnxruntime, requested_layers
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Branch, LoweredLayer, lower_for_tensorrt
+from samq.export.lower_tensorrt import Branch, lower_for_tensorrt
+from samq.export.lowered_layer import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, LoweredLayer
 from samq.export.parts import save_part
 from samq.export.placement import EVERYWHERE, Form, Placement, load_placement, shipped_for
 from samq.export.tensorrt_rewrites import REWRITES
@@ -245,13 +246,22 @@ class OnnxRuntimeCuda(_OnnxRuntime):
         require_cuda()
 
     def lower(self, onnx: Path, folder: Path, step: Step) -> list[Path]:
-        paths = []
+        """As `Target.lower`; notes what each quantized layer became."""
+        paths, notes = [], {}
         for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
             for part in PARTS:
                 lowered = lower_for_onnxruntime_cuda(ir.load(source / f"{part}.onnx"))
                 paths += save_part(lowered.model, target / f"{part}.onnx")
+                notes[_key(target, folder, part)] = {"layers": _as_json(lowered.layers)}
                 step()
-        return paths
+        write_json(folder / LOWERING, notes)
+        return [*paths, folder / LOWERING]
+
+    def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
+        return _lowered_layers(folder)
+
+    def told(self, folder: Path) -> list[str]:
+        return _told_of(self.folder, self.lowered(folder))
 
     def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         for place in (folder, folder / BASELINE):
@@ -339,7 +349,7 @@ class TensorRt:
                 )
                 require_clean(lowered.model, self.target)
                 paths += save_part(lowered.model, target / f"{part}.onnx")
-                layers = {name: asdict(layer) for name, layer in lowered.layers.items()}
+                layers = _as_json(lowered.layers)
                 notes[_key(target, folder, part)] = {"layers": layers, "float32": lowered.float32}
                 step()
         write_json(folder / LOWERING, notes)
@@ -418,22 +428,13 @@ class TensorRt:
         return found
 
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
-        notes = _notes(folder)
-        return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
+        return _lowered_layers(folder)
 
     def told(self, folder: Path) -> list[str]:
-        """As `Target.told`: how many quantized layers became what, the commonest reason, and why INT8 is everywhere."""
-        layers = [layer for layer in self.lowered(folder).values() if layer.reason or layer.compute != FLOAT_GEMM]
-        kinds = Counter(layer.compute for layer in layers)
-        lines = [
-            f"{self.folder}: {len(layers)} layers: {'; '.join(f'{count} × {kind}' for kind, count in kinds.items())}"
-        ]
-        reasons = [layer.reason.partition("; FP16 rounds")[0] for layer in layers if layer.reason]
-        if reasons:
-            alike = Counter(_NUMBER.sub("", reason) for reason in reasons).most_common(1)[0][0]
-            why = next(reason for reason in reasons if _NUMBER.sub("", reason) == alike)
-            lines.append(f"{len(reasons)} of them not as asked, each told in {LOWERING}; most often: {why}")
-        if self.unmeasured and kinds[INT8_GEMM]:
+        """As `Target.told`, and why INT8 is everywhere."""
+        layers = self.lowered(folder)
+        lines = _told_of(self.folder, layers)
+        if self.unmeasured and any(layer.compute == INT8_GEMM for layer in layers.values()):
             lines.append(f"INT8 wherever it can be: {self.unmeasured}")
         return lines
 
@@ -594,9 +595,39 @@ class _Told:
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """What `TensorRt.lower` noted about each graph."""
-    notes: dict[str, Any] = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
+    """What `lower` noted about each graph.
+
+    Raises:
+        BadInput: there are no notes.
+    """
+    path = folder / LOWERING
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; run `samq-export build` again")
+    notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return notes
+
+
+def _as_json(layers: Mapping[str, LoweredLayer]) -> dict[str, Any]:
+    return {name: asdict(layer) for name, layer in layers.items()}
+
+
+def _lowered_layers(folder: Path) -> dict[str, LoweredLayer]:
+    """What `lower` noted about the layers of the quantized parts."""
+    notes = _notes(folder)
+    return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
+
+
+def _told_of(target: str, layers: Mapping[str, LoweredLayer]) -> list[str]:
+    """How many quantized layers became what, and the commonest reason, in lines for the user."""
+    quantized = [layer for layer in layers.values() if layer.reason or layer.compute != FLOAT_GEMM]
+    kinds = Counter(layer.compute for layer in quantized)
+    lines = [f"{target}: {len(quantized)} layers: {'; '.join(f'{count} × {kind}' for kind, count in kinds.items())}"]
+    reasons = [layer.reason.partition("; FP16 rounds")[0] for layer in quantized if layer.reason]
+    if reasons:
+        alike = Counter(_NUMBER.sub("", reason) for reason in reasons).most_common(1)[0][0]
+        why = next(reason for reason in reasons if _NUMBER.sub("", reason) == alike)
+        lines.append(f"{len(reasons)} of them not as asked, each told in {LOWERING}; most often: {why}")
+    return lines
 
 
 def _key(place: Path, folder: Path, part: str) -> str:

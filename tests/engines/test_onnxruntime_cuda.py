@@ -342,13 +342,16 @@ def test_biases_are_added_apart_unless_one_gemm_is_asked_for(
 @pytest.mark.parametrize("preset", ["int4_w4only_rtn", "int4_svdquant"])
 def test_the_gpu_computes_what_the_cpu_does(preset: str, tmp_path: Path) -> None:
     path = tmp_path / "image_encoder.onnx"
-    save_part(lower_for_onnxruntime_cuda(canonical(recipe_of(preset), IMAGE_ENCODER)).model, path)
+    lowered = lower_for_onnxruntime_cuda(canonical(recipe_of(preset), IMAGE_ENCODER))
+    save_part(lowered.model, path)
     found, expected = OnnxRuntimeCudaEngine(path).run(PIXELS), OnnxRuntimeEngine(path).run(PIXELS)
     for name, array in expected.items():
         assert largest_error(found[name], array) < 1e-2
     execution = executed_on_gpu(path)
     assert not [name for name in execution.elsewhere if "MatMul" in name or "Attention" in name]
-    assert all(executed.compute.endswith("dequantized at load, FP16 GEMM") for executed in execution.layers.values())
+    executed = {name: execution.layers[name].compute for name in lowered.layers}
+    assert executed == {name: layer.compute for name, layer in lowered.layers.items()}
+    assert all(compute.endswith("dequantized at load, FP16 GEMM") for compute in executed.values())
 
 
 @pytest.mark.gpu

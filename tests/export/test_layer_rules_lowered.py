@@ -15,7 +15,8 @@ from samq.engines.lint import lint
 from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import FLOAT_GEMM, lower_for_tensorrt
+from samq.export.lower_tensorrt import lower_for_tensorrt
+from samq.export.lowered_layer import FLOAT_GEMM
 from samq.export.parts import save_part
 from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TRT8, TensorRtTarget

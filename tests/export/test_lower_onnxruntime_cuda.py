@@ -29,12 +29,21 @@ from torch import nn
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, ImageEncoder
 from samq.engines.onnxruntime import OnnxRuntimeEngine
+from samq.export import unpack_at_load
 from samq.export.graph import constant_of, producer
 from samq.export.linear import fill_sites
-from samq.export.lower_onnxruntime_cuda import Lowered, Weights, lower_for_onnxruntime_cuda, separate_parts
+from samq.export.lower_onnxruntime_cuda import (
+    NO_INT8,
+    UNPACKED,
+    Lowered,
+    Weights,
+    lower_for_onnxruntime_cuda,
+    separate_parts,
+)
+from samq.export.lowered_layer import LoweredLayer
 from samq.export.parts import float_part, save_part
 from samq.quant.config import Recipe, preset_names
-from samq.quant.layers import LayerCodes
+from samq.quant.layers import InputGrid, LayerCodes
 
 FP16 = 2e-3  # a few roundings to 11 bits
 
@@ -111,6 +120,27 @@ def test_blocks_divide_the_inputs_where_they_can(width: int, group: int, block: 
     model = lower_for_onnxruntime_cuda(filled(codes(4, True, group, sizes=(width, 20))), weights="packed").model
     nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert [node.attributes["block_size"].as_int() for node in nodes] == [block]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "bits", "asked", "why"), [(None, 4, "", ""), (STATIC_S8, 8, NO_INT8, f"{NO_INT8}, and ")]
+)
+def test_what_became_of_a_layer_and_why(
+    inputs: InputGrid | None, bits: int, asked: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of two levels are 8-bit ones here, and layers of few rows stay packed."""
+    packed, unpacked = f"INT{bits} weights, FP16 arithmetic", f"INT{bits} weights, dequantized at load, FP16 GEMM"
+    expected: list[tuple[Weights, int | None, LoweredLayer]] = [
+        ("packed", None, LoweredLayer(packed, asked)),
+        ("dequantized at load", 16, LoweredLayer(packed, asked)),
+        ("dequantized at load", 17, LoweredLayer(unpacked, f"{why}{UNPACKED}")),
+        ("dequantized at load", None, LoweredLayer(unpacked, f"{why}{UNPACKED}")),
+        ("dequantized", None, LoweredLayer("FP16 GEMM", f"{why}weights dequantized in the file")),
+    ]
+    for weights, rows, became in expected:
+        monkeypatch.setattr(unpack_at_load, "_rows", lambda _, rows=rows: rows)
+        lowered = lower_for_onnxruntime_cuda(filled(codes(4, True, 16, inputs)), weights=weights)
+        assert list(lowered.layers.values()) == [became]
 
 
 def test_groups_that_no_block_divides_are_refused_by_name() -> None:

@@ -21,7 +21,8 @@ from samq.errors import UsageError
 from samq.export.graph import LAYER_KEY, constant_of, producer, remove_unused
 from samq.export.layer_norm import write_out_layer_norms
 from samq.export.linear import fill_sites
-from samq.export.lower_tensorrt import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, Lowered, lower_for_tensorrt
+from samq.export.lower_tensorrt import Lowered, lower_for_tensorrt
+from samq.export.lowered_layer import FLOAT_GEMM, INT4_GEMM, INT8_GEMM
 from samq.export.parts import float_part
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 from samq.export.tensorrt_weights import fp16_error

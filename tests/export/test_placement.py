@@ -13,7 +13,8 @@ from lowered import FLIPPED_CODES, distance, feeds, static_form
 
 from samq.calib.parts import IMAGE_ENCODER
 from samq.errors import UsageError
-from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED, lower_for_tensorrt
+from samq.export.lower_tensorrt import PLACED, lower_for_tensorrt
+from samq.export.lowered_layer import FLOAT_GEMM, INT8_GEMM
 from samq.export.placement import EVERYWHERE, Figure, Form, Placement, fastest, load_placement
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 

@@ -23,7 +23,8 @@ from samq.export.graph import LAYER_KEY, constant_of, producer
 from samq.export.linear import LOW_RANK, fill_sites
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import Weights, lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import INT8_GEMM, lower_for_tensorrt
+from samq.export.lower_tensorrt import lower_for_tensorrt
+from samq.export.lowered_layer import INT8_GEMM
 from samq.export.parts import save_part
 from samq.export.placement import Placement
 from samq.export.tensorrt_rewrites import REWRITES

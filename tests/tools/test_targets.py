@@ -23,9 +23,9 @@ from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.tensorrt_plan import BuildOptions
 from samq.engines.tensorrt_progress import Progress
 from samq.errors import BadInput, MachineLacks, UsageError
-from samq.export.graph import int_attribute
-from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
-from samq.export.lower_tensorrt import FLOAT_GEMM, PLACED, LoweredLayer, lower_for_tensorrt
+from samq.export.lower_onnxruntime_cuda import NO_INT8, UNPACKED, lower_for_onnxruntime_cuda
+from samq.export.lower_tensorrt import PLACED, lower_for_tensorrt
+from samq.export.lowered_layer import FLOAT_GEMM, LoweredLayer
 from samq.export.placement import SHIPPED, fastest, load_placement
 from samq.export.tensorrt_targets import TARGETS, TRT8
 from samq.export.trace import ANY_PROMPTS, ANY_SHAPE, StaticShape
@@ -295,9 +295,28 @@ def test_what_engines_execute_is_what_the_lowerings_make(name: str) -> None:
         changed = [layer for layer in layers.values() if layer.compute != FLOAT_GEMM or layer.reason]
         usual = [layer for layer in changed if "no multiple" not in layer.reason]  # the small model has narrow layers
         assert told[target] == Counter(map(_words, usual)).most_common(1)[0][0]
-    on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER), weights="packed").model.graph
-    (bits,) = {int_attribute(node, "bits", 0) for node in on_gpu if node.op_type == "MatMulNBits"}
-    assert told["onnxruntime-cuda"] == f"INT{bits} weights, dequantized at load, FP16 GEMM"
+    on_gpu = lower_for_onnxruntime_cuda(static_form(name, IMAGE_ENCODER)).layers
+    assert told["onnxruntime-cuda"] == Counter(layer.compute for layer in on_gpu.values()).most_common(1)[0][0]
+
+
+def test_what_cuda_makes_of_layers_is_noted_and_told(dynamic: Path) -> None:
+    """W4A8, which no kernel of the provider computes."""
+    target, folder = OnnxRuntimeCuda(), dynamic / "engines" / "onnxruntime-cuda"
+    paths = target.lower(dynamic / "onnx", folder, lambda: None)
+    assert folder / "lowering.json" in paths
+    layers = target.lowered(folder)
+    compute = "INT8 weights, dequantized at load, FP16 GEMM"
+    reason = f"{NO_INT8}, and {UNPACKED}"
+    assert set(layers.values()) == {LoweredLayer(compute, reason)}
+    assert target.told(folder) == [
+        f"onnxruntime-cuda: {len(layers)} layers: {len(layers)} × {compute}",
+        f"{len(layers)} of them not as asked, each told in lowering.json; most often: {reason}",
+    ]
+    report = json.loads((dynamic / "report" / "report.json").read_text())
+    assert layers.keys() == {layer["name"] for layer in report["layers"] if layer["requested"] != "float"}
+    (folder / "lowering.json").unlink()
+    with pytest.raises(BadInput, match=r"lowering\.json is missing; run `samq-export build` again"):
+        target.lowered(folder)
 
 
 def _words(layer: LoweredLayer) -> str:

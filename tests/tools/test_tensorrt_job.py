@@ -17,7 +17,8 @@ from samq.engines import tensorrt
 from samq.engines.cuda import Device
 from samq.engines.tensorrt_plan import USUAL_RANGES, BuildOptions, load_info
 from samq.errors import MachineLacks
-from samq.export.lower_tensorrt import FLOAT_GEMM, INT8_GEMM, PLACED
+from samq.export.lower_tensorrt import PLACED
+from samq.export.lowered_layer import FLOAT_GEMM, INT8_GEMM
 from samq.export.placement import Placement
 from samq.tools import targets
 from samq.tools.cli import LARGEST

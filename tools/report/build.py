@@ -15,7 +15,7 @@ from samq.calib.parts import PARTS
 from samq.engines.base import Executed
 from samq.engines.kernels import Launched
 from samq.engines.tensorrt_layers import inside_region
-from samq.export.lower_tensorrt import FLOAT_GEMM, LoweredLayer
+from samq.export.lowered_layer import FLOAT_GEMM, LoweredLayer
 from samq.quant.config import Recipe
 from samq.tools.engine_start import file_bytes
 from samq.tools.evaluate import Record, summarize
