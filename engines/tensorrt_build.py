@@ -114,13 +114,13 @@ class _Build:
             raise self.watch.raised
         if plan is None:
             raise failure(self.onnx_path, self.log)
+        with written_whole(self.plan_path) as temporary:
+            temporary.write_bytes(plan)
         if timings is not None:
             try:
                 keep_timings(config, timings, self.log)
             except MachineLacks as error:  # a plan took minutes, and is worth more than its timings
                 self.log.messages.append((WARNING, f"timings are not kept: {error}"))
-        with written_whole(self.plan_path) as temporary:
-            temporary.write_bytes(plan)
         info = self._describe(network, plan, strong, time.perf_counter() - started)
         save_info(self.plan_path, info)
         return info

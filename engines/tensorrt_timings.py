@@ -30,12 +30,12 @@ class Timings:
 
     Args:
         path: file that they are kept in.
-        content: what is known of that file: it is among these timings, or cannot be read.
+        seen: the file as it was read or written last; all that can be had of it is among these timings.
     """
 
     path: Path
     cache: trt.ITimingCache
-    content: bytes
+    seen: bytes
 
 
 _HELD: dict[Path, Timings] = {}  # by this process
@@ -57,16 +57,20 @@ def use_timings(config: trt.IBuilderConfig, path: Path, log: Log) -> Timings | N
     with _alone_in(path.parent):
         kept = _content(path)
     held = _HELD.get(path)
-    if held is not None and (kept or not held.content) and config.set_timing_cache(held.cache, False):
+    if held is not None and (kept or not held.seen) and config.set_timing_cache(held.cache, False):
         return held
-    for content in dict.fromkeys((kept, b"")):
-        cache, whole = _read(config, content, log)
+    if kept:
+        cache, whole = _read(config, kept, log)
         if cache is not None and config.set_timing_cache(cache, False):
             if not whole:
                 _warn(log, path, "cannot be read in full by this TensorRT; the rest is measured anew")
             return Timings(path, cache, kept)
         _warn(log, path, "does not fit; timings are measured anew")
-    return None
+    empty: trt.ITimingCache | None = config.create_timing_cache(b"")
+    if empty is None or not config.set_timing_cache(empty, False):
+        log.messages.append((WARNING, "this TensorRT takes no timings: all are measured anew"))
+        return None
+    return Timings(path, empty, kept)
 
 
 def keep_timings(config: trt.IBuilderConfig, timings: Timings, log: Log) -> None:
@@ -75,40 +79,38 @@ def keep_timings(config: trt.IBuilderConfig, timings: Timings, log: Log) -> None
     Raises:
         MachineLacks: the file cannot be written; this process keeps them all the same.
     """
-    path, cache = timings.path, timings.cache
+    path = timings.path
     _HELD[path] = timings
-    with _alone_in(path.parent), written_whole(path) as temporary:
+    with _alone_in(path.parent):
         others = _content(path)
-        if others not in (b"", timings.content) and not _added(config, cache, others, log):
-            _warn(log, path, "does not fit; it is written anew")
-        timings.content = bytes(cache.serialize())
-        temporary.write_bytes(timings.content)
+        if others not in (b"", timings.seen):
+            _add(config, timings, others, log)
+        serialized: trt.IHostMemory | None = timings.cache.serialize()
+        if serialized is None:
+            _warn(log, path, "is not written: TensorRT does not give its timings")
+            return
+        written = bytes(serialized)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(written)
+    timings.seen = written
 
 
-def _added(config: trt.IBuilderConfig, cache: trt.ITimingCache, content: bytes, log: Log) -> bool:
-    others, _ = _read(config, content, log)
-    before = len(log.messages)
-    added = others is not None and cache.combine(others, False)
-    _hush(log, before)
-    return added
+def _add(config: trt.IBuilderConfig, timings: Timings, content: bytes, log: Log) -> None:
+    """Add what other builds measured, unless this TensorRT cannot read it: 8.6 combines no timings of fused regions."""
+    others, whole = _read(config, content, log)
+    if others is not None and not whole:
+        log.messages.append((INFO, f"{timings.path.name}: this TensorRT cannot add other builds' timings to its own"))
+    elif others is None or not timings.cache.combine(others, False):
+        _warn(log, timings.path, "does not fit; it is written anew")
 
 
 def _read(config: trt.IBuilderConfig, content: bytes, log: Log) -> tuple[trt.ITimingCache | None, bool]:
     """Timings that were written before, and whether these are all of them: 8.6 says so in its log alone."""
     before = len(log.messages)
     cache: trt.ITimingCache | None = config.create_timing_cache(content)
-    return cache, not _hush(log, before)
-
-
-def _hush(log: Log, before: int) -> bool:
-    """What TensorRT says of timings is no error of the build, and must not stand for the reason of one.
-
-    Returns:
-        It has said one after the first `before` messages.
-    """
-    said = log.messages[before:]
+    said = log.messages[before:]  # which is no error of the build, and must not stand for the reason of one
     log.messages[before:] = [(INFO if severity == ERROR else severity, text) for severity, text in said]
-    return any(severity == ERROR for severity, _ in said)
+    return cache, all(severity != ERROR for severity, _ in said)
 
 
 def _warn(log: Log, path: Path, what: str) -> None:
@@ -116,8 +118,21 @@ def _warn(log: Log, path: Path, what: str) -> None:
 
 
 def _content(path: Path) -> bytes:
-    """Of a file; nothing where there is none yet."""
-    return path.read_bytes() if path.is_file() else b""
+    """Of a file; nothing where there is none yet.
+
+    Raises:
+        MachineLacks: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> MachineLacks:
+    return MachineLacks(f"{path}: cannot be read or written ({error.strerror}); name another timing_cache")
 
 
 @contextmanager
@@ -132,5 +147,5 @@ def _alone_in(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
         except OSError as error:
-            raise MachineLacks(f"{folder}: cannot be written ({error.strerror}); name another timing_cache") from error
+            raise _unusable(folder, error) from error
         yield

@@ -28,7 +28,7 @@ product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,14 +46,14 @@ from samq.export.fuse_attention import (
     fuse_skip_layer_norm,
     pair_maxima,
 )
-from samq.export.graph import Writer, add_initializer, constant_of, remove_unused, replace_value
+from samq.export.graph import ROLE_KEY, Writer, add_initializer, constant_of, remove_unused, replace_value
 from samq.export.half import to_fp16
 from samq.export.lower_onnxruntime import BLOCK_SIZES, packed_codes
 from samq.export.lowered_layer import FLOAT_GEMM, LoweredLayer
 from samq.export.merge_moves import merge_moves
 from samq.export.pad_planes import pad_planes
 from samq.export.sink_biases import sink_biases
-from samq.export.unpack_at_load import layer_of, unpack_at_load
+from samq.export.unpack_at_load import FOLDED_KEY, layer_of, unpack_at_load
 
 FLOAT = ir.DataType.FLOAT
 FP32_ON_CPU = 1  # accuracy_level of MatMulNBits; the CUDA provider ignores it
@@ -100,6 +100,7 @@ def lower_for_onnxruntime_cuda(
     fold_constants(model)
     rewrites = [fuse_attention(model)]
     int8_inputs = {gemm.layer: gemm.inputs is not None for gemm in read_gemms(model)}
+    branched = {layer_of(node) for node in model.graph if node.op_type == "Add" and ROLE_KEY in node.metadata_props}
     _lower_gemms(model, packed=weights != "dequantized")
     bits = _packed_bits(model)
     rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
@@ -113,10 +114,11 @@ def lower_for_onnxruntime_cuda(
     if weights == "dequantized at load":
         rewrites.append(unpack_at_load(model))
     packed = _packed_bits(model).keys()
-    layers = {
-        name: _lowered_layer(bits.get(name), packed=name in packed, int8_inputs=quantized)
-        for name, quantized in int8_inputs.items()
-    }
+    folded = {layer_of(node) for node in model.graph if FOLDED_KEY in node.metadata_props}
+    layers = {}
+    for name, quantized in int8_inputs.items():
+        became = _lowered_layer(bits.get(name), packed=name in packed, int8_inputs=quantized)
+        layers[name] = replace(became, branch="folded" if name in folded else "kept") if name in branched else became
     return Lowered(model, layers, tuple(rewrites))
 
 

@@ -16,7 +16,8 @@ class LoweredLayer:
         compute: in words.
         reason: why that is not what was asked for, and what FP16 rounds; empty where it is.
         branch: what became of its low-rank branch, "kept" or "folded"; empty without one.
-        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a folded branch.
+        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a branch folded into an INT8
+            weight; None of all others.
     """
 
     compute: str

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from samq.export.fuse_attention import Rewrite
 from samq.export.graph import LAYER_KEY, Writer, constant_of, producer, remove_unused, replace_value
 
+FOLDED_KEY = "samq.folded"  # metadata of a product whose weight has a low-rank branch in it
 FEW_ROWS = 16  # for which MatMulNBits has a kernel that reads the codes (matmul_4bits.cu, SmallMCap)
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -75,6 +76,8 @@ def _unpack(graph: ir.Graph, node: ir.Node) -> None:
     result = node.outputs[0] if branch is None else branch.sum.outputs[0]
     product_node = ir.node("MatMul", [node.inputs[0], half], name=node.name)
     product_node.metadata_props.update(node.metadata_props)
+    if branch is not None:
+        product_node.metadata_props[FOLDED_KEY] = "low-rank branch"
     output = product_node.outputs[0]
     output.name, output.type, output.shape = f"{result.name}_unpacked", result.type, result.shape
     graph.insert_before(node if branch is None else branch.sum, product_node)

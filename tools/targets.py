@@ -595,15 +595,8 @@ class _Told:
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """What `lower` noted about each graph.
-
-    Raises:
-        BadInput: there are no notes.
-    """
-    path = folder / LOWERING
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; run `samq-export build` again")
-    notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """What `lower` noted about each graph."""
+    notes: dict[str, Any] = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
     return notes
 
 
@@ -612,7 +605,9 @@ def _as_json(layers: Mapping[str, LoweredLayer]) -> dict[str, Any]:
 
 
 def _lowered_layers(folder: Path) -> dict[str, LoweredLayer]:
-    """What `lower` noted about the layers of the quantized parts."""
+    """What `lower` noted about the layers of the quantized parts, if it did: older graphs for CUDA have no notes."""
+    if not (folder / LOWERING).is_file():
+        return {}
     notes = _notes(folder)
     return {name: LoweredLayer(**layer) for part in PARTS for name, layer in notes[part]["layers"].items()}
 

@@ -89,7 +89,8 @@ class Simulation:
         done: (Class.member, arguments or value) of everything that was called or set.
         fails: Class.member → what it gives instead of its result; a Builder or a Runtime itself cannot be had.
         says: what is logged by the calls of a Class.member.
-        cannot_read: among timings, it is answered by an error in the log, and a cache of the others.
+        cannot_read: timings that 8.6 answers by an error in the log: it reads the others alone, and combines none.
+        does_not_fit: timings that no builder takes.
     """
 
     def __init__(self, version: str) -> None:
@@ -98,6 +99,7 @@ class Simulation:
         self.fails: dict[str, Any] = {}
         self.says: dict[str, list[tuple[str, str]]] = {}
         self.cannot_read: bytes | None = None
+        self.does_not_fit: bytes | None = None
         self.logger: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -194,24 +196,28 @@ class Simulation:
             set_tactic_sources=lambda mask: True,
             add_optimization_profile=lambda profile: 0,
             create_timing_cache=self._timing_cache,
-            set_timing_cache=lambda cache, ignore: True,
+            set_timing_cache=lambda cache, ignore: cache.content != self.does_not_fit,
             **{name: None for name in ("progress_monitor",) if name in self.members["IBuilderConfig"]},
         )
 
     def _timing_cache(self, content: bytes) -> Any:
         """Timings are letters, `!` those of the build itself; what is of another driver is read, and not combined."""
-        held = [content]
-        if self.cannot_read and self.cannot_read in content:
+
+        def is_read(timings: bytes) -> bool:
+            if self.cannot_read is None or self.cannot_read not in timings:
+                return True
             self.logger.log("ERROR", "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin")
-            held = [content.replace(self.cannot_read, b"")]
+            return False
+
+        held = [content if is_read(content) else content.replace(self.cannot_read or b"", b"")]
 
         def combine(other: Any, ignore_mismatch: bool) -> bool:
-            fits = ignore_mismatch or b"another" not in other.content
+            fits = (ignore_mismatch or b"another" not in other.content) and all(map(is_read, (other.content, *held)))
             held.extend([other.content] if fits else [])
             return fits
 
         cache = self.make("ITimingCache", combine=combine, serialize=lambda: Host(_letters(b"".join(held) + b"!")))
-        object.__setattr__(cache, "content", content)
+        object.__setattr__(cache, "content", held[0])
         return cache
 
     def _OnnxParser(self, network: Any, logger: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from simulated_tensorrt import GRAPH, STATIC, VERSIONS, SimulatedCuda, Simulation
@@ -166,16 +168,26 @@ def test_timings_are_kept_and_reused(trt: Simulation, onnx: Path, timings: Path)
 
 
 def test_a_process_holds_on_to_its_timings(trt: Simulation, onnx: Path, timings: Path) -> None:
-    """8.6 does not read back all that it writes."""
+    """8.6 reads back a part of what it writes, and combines none of the rest; neither is needed for one's own."""
     trt.cannot_read = b"!"
-    for others in (None, None, b"c"):
-        if others:
-            timings.write_bytes(others)
-        assert not [warning for warning in build(onnx, timings).warnings if timings.name in warning]
+    infos = [build(onnx, timings), build(onnx, timings)]
+    timings.write_bytes(b"of another process!")
+    infos.append(build(onnx, timings))
     used = [cache for cache, _ in trt.values("IBuilderConfig.set_timing_cache")]
-    assert used[1] is used[0]
-    assert used[2] is used[0]
+    assert [cache is used[0] for cache in used] == [True] * 3
+    assert not [warning for info in infos for warning in info.warnings if timings.name in warning]
+    assert timings.read_bytes() == b"!"
+    assert "cannot add other builds' timings to its own" in onnx.with_suffix(".plan.log").read_text(encoding="utf-8")
+
+
+def test_a_process_adds_what_others_measured_since(trt: Simulation, onnx: Path, timings: Path) -> None:
+    build(onnx, timings)
+    timings.write_bytes(b"c")
+    build(onnx, timings)
     assert timings.read_bytes() == b"c!"
+    assert len(trt.values("ITimingCache.combine")) == 1
+    build(onnx, timings)
+    assert len(trt.values("ITimingCache.combine")) == 1
 
 
 def test_timings_that_were_thrown_away_are_measured_anew(trt: Simulation, onnx: Path, timings: Path) -> None:
@@ -209,27 +221,64 @@ def test_timings_that_cannot_be_kept_are_told(trt: Simulation, onnx: Path) -> No
     assert not trt.values("Builder.build_serialized_network"), "before the minutes that a build takes"
 
 
+@pytest.mark.parametrize("before", [b"", b"a"])
 def test_timings_that_cannot_be_kept_any_more_cost_no_plan(
-    onnx: Path, timings: Path, monkeypatch: pytest.MonkeyPatch
+    before: bytes, trt: Simulation, onnx: Path, timings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up during the build."""
+    """The disk fills up during the build; this process has them all the same."""
+    write_bytes = Path.write_bytes
+    timings.parent.mkdir()
+    if before:
+        timings.write_bytes(before)
 
-    def full(path: Path) -> Any:
-        raise MachineLacks(f"{path}: the disk is full")
+    def full(path: Path, content: bytes) -> int:
+        if path.parent == timings.parent:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
 
-    monkeypatch.setattr(tensorrt_timings, "written_whole", full)
-    info = build(onnx, timings)
-    assert load_info(onnx.with_suffix(".plan")) == info
-    assert [warning for warning in info.warnings if "timings are not kept" in warning and "disk is full" in warning]
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for _ in range(2):
+        info = build(onnx, timings)
+        assert load_info(onnx.with_suffix(".plan")) == info
+        (warning,) = [warning for warning in info.warnings if "timings" in warning or ".cache" in warning]
+        assert re.match(r"timings are not kept: .*(No space|disk is full)", warning)
+    first, second = (cache for cache, _ in trt.values("IBuilderConfig.set_timing_cache"))
+    assert second is first
+    assert (timings.read_bytes() if before else b"") == before
+
+
+def test_timings_that_tensorrt_does_not_give_cost_no_plan(trt: Simulation, onnx: Path, timings: Path) -> None:
+    trt.fails["ITimingCache.serialize"] = None
+    assert f"{timings.name} is not written: TensorRT does not give its timings" in build(onnx, timings).warnings
+    assert onnx.with_suffix(".plan").is_file()
+    assert not timings.exists()
 
 
 def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, timings: Path) -> None:
-    build(onnx, timings)
+    timings.parent.mkdir()
     timings.write_bytes(b"of another driver")
+    trt.does_not_fit = b"of another driver"
+    assert f"{timings.name} does not fit; timings are measured anew" in build(onnx, timings).warnings
+    assert timings.read_bytes() == b"!"
+    trt.does_not_fit = b""  # what this process holds by now
+    timings.write_bytes(b"a")
+    assert not [warning for warning in build(onnx, timings).warnings if timings.name in warning]
+    assert timings.read_bytes() == b"a!"
+
+
+def test_a_tensorrt_that_takes_no_timings_is_told(trt: Simulation, onnx: Path, timings: Path) -> None:
     trt.fails["IBuilderConfig.set_timing_cache"] = False
-    info = build(onnx, timings)
-    assert f"{timings.name} does not fit; timings are measured anew" in info.warnings
-    assert trt.values("IBuilderConfig.create_timing_cache")[1:] == [(b"of another driver",), (b"",)]
+    assert "this TensorRT takes no timings: all are measured anew" in build(onnx, timings).warnings
+    assert not timings.exists()
+
+
+def test_timings_that_cannot_be_read_at_all_are_told_before_the_build(
+    trt: Simulation, onnx: Path, timings: Path
+) -> None:
+    timings.mkdir(parents=True)
+    with pytest.raises(MachineLacks, match=r"cannot be read or written \(Is a directory\); name another timing_cache"):
+        build(onnx, timings)
+    assert not trt.values("Builder.build_serialized_network")
 
 
 def test_timings_that_can_be_read_in_part_serve_as_far(trt: Simulation, onnx: Path, timings: Path) -> None:

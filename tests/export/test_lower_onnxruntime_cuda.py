@@ -143,6 +143,18 @@ def test_what_became_of_a_layer_and_why(
         assert list(lowered.layers.values()) == [became]
 
 
+@pytest.mark.parametrize(
+    ("weights", "rows", "branch"),
+    [("packed", None, "kept"), ("dequantized at load", None, "folded"), ("dequantized at load", 16, "kept")],
+)
+def test_what_became_of_a_branch(
+    weights: Weights, rows: int | None, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack_at_load, "_rows", lambda _: rows)
+    lowered = lower_for_onnxruntime_cuda(filled(codes(4, True, 16, STATIC_S8, rank=8)), weights=weights)
+    assert [layer.branch for layer in lowered.layers.values()] == [branch]
+
+
 def test_groups_that_no_block_divides_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"a\.layer.*groups of 24"):
         lower_for_onnxruntime_cuda(filled(codes(4, True, 24)))

@@ -307,7 +307,7 @@ def test_what_cuda_makes_of_layers_is_noted_and_told(dynamic: Path) -> None:
     layers = target.lowered(folder)
     compute = "INT8 weights, dequantized at load, FP16 GEMM"
     reason = f"{NO_INT8}, and {UNPACKED}"
-    assert set(layers.values()) == {LoweredLayer(compute, reason)}
+    assert set(layers.values()) == {LoweredLayer(compute, reason), LoweredLayer(compute, reason, "folded")}
     assert target.told(folder) == [
         f"onnxruntime-cuda: {len(layers)} layers: {len(layers)} × {compute}",
         f"{len(layers)} of them not as asked, each told in lowering.json; most often: {reason}",
@@ -315,8 +315,7 @@ def test_what_cuda_makes_of_layers_is_noted_and_told(dynamic: Path) -> None:
     report = json.loads((dynamic / "report" / "report.json").read_text())
     assert layers.keys() == {layer["name"] for layer in report["layers"] if layer["requested"] != "float"}
     (folder / "lowering.json").unlink()
-    with pytest.raises(BadInput, match=r"lowering\.json is missing; run `samq-export build` again"):
-        target.lowered(folder)
+    assert target.lowered(folder) == {}, "it was built before there were notes"
 
 
 def _words(layer: LoweredLayer) -> str:

@@ -61,7 +61,7 @@ def headline(report: dict[str, Any]) -> tuple[str, str]:
     if misfits:
         return WARNING, f"{'Every gate passed, but ' if gates else ''}{differ}"
     if gates:
-        return PASSED, f"Passed: everything that was asked for{placed and f'; {placed}'}"
+        return PASSED, f"Passed: every gate; {placed}" if placed else "Passed: everything that was asked for"
     if not report["accuracy"]["count"]:
         return UNKNOWN, "Built; accuracy was not measured"
     return PLAIN, f"Built{f'; {placed}' if placed else ' as requested'}; no gate was set"
@@ -219,7 +219,7 @@ def _executed(report: dict[str, Any]) -> Claim:
     misfits, placed = len(report["disagreements"]), len(report.get("placed", []))
     asked = joined(sorted({layer["requested"].partition(": ")[2] for layer in quantized})) if quantized else "nothing"
     detail = "read from the runtime's own graph" if not misfits else f"{counted(misfits, 'layer')} differ, listed below"
-    chosen = f"{counted(placed, 'layer')} otherwise, by samq's choice" if placed else ""
+    chosen = f"{counted(placed, 'layer')} otherwise, as lowered" if placed else ""
     detail = "; ".join(filter(None, (detail, chosen, products(report))))
     reached = f"{len(quantized) - misfits - placed} of {len(quantized)}"
     state = WARNING if misfits else PLAIN if placed else PASSED
