@@ -16,7 +16,7 @@ from samq.engines.tensorrt_log import ANOTHER_PYTHON
 from samq.errors import MachineLacks
 from samq.quant.config import load_recipe, preset_names
 from samq.tools.report.environment import environment
-from samq.tools.targets import executions
+from samq.tools.targets import executions, target_for
 
 
 def examine() -> dict[str, Any]:
@@ -59,14 +59,20 @@ def _version(distribution: str) -> str | None:
 
 
 def _tensorrt() -> str | None:
-    """Version of the TensorRT that samq uses, which may be another interpreter's."""
+    """Version of the TensorRT that samq uses, which may be another interpreter's, and what is wrong with it."""
     python = os.environ.get(ANOTHER_PYTHON)
-    if not python:
-        return _version("tensorrt")
     try:
-        return f"{tensorrt.about()[0]}, of {python}"
+        version = tensorrt.about()[0] if python else _version("tensorrt")
     except MachineLacks as error:
         return f"unknown ({error})"
+    if version is None:
+        return None
+    told = f"{version}, of {python}" if python else version
+    try:
+        target_for(version)
+    except MachineLacks as error:
+        return f"{told} ({error})"
+    return told
 
 
 def _gpu() -> list[str]:

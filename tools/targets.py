@@ -540,7 +540,15 @@ def target_at_hand() -> TensorRtTarget:
     Raises:
         MachineLacks: there is no TensorRT or no GPU, or a version that no target stands for.
     """
-    version, _ = tensorrt.about()
+    return target_for(tensorrt.about()[0])
+
+
+def target_for(version: str) -> TensorRtTarget:
+    """What a version of TensorRT takes.
+
+    Raises:
+        MachineLacks: no target stands for it.
+    """
     name = _name_of(version)
     if name not in TARGETS:
         raise MachineLacks(f"TensorRT {version} is none of {', '.join(TARGETS)}; install one of these")

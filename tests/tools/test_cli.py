@@ -21,6 +21,7 @@ from small_model import recipe_of
 from samq.calib.checkpoint import load_checkpoint
 from samq.calib.parts import PARTS
 from samq.calib.sources import open_source
+from samq.engines import tensorrt
 from samq.export.parts import save_part
 from samq.files import sha256_of, write_text
 from samq.quant.folds import Folds
@@ -335,6 +336,12 @@ def test_doctor_tells_the_machine_and_what_engines_execute() -> None:
 def test_doctor_tells_the_tensorrt_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMQ_TENSORRT_PYTHON", str(tmp_path / "nothing"))
     assert "nothing cannot be started (No such file" in samq("doctor", "--json").json["tensorrt"]
+    for version, remark in (
+        ("8.6.1", ""),
+        ("10.0.1", " (TensorRT 10.0.1 is too old for trt10; install 10.3 or a later 10.x)"),
+    ):
+        monkeypatch.setattr(tensorrt, "about", lambda version=version: (version, None))
+        assert samq("doctor", "--json").json["tensorrt"] == f"{version}, of {tmp_path / 'nothing'}{remark}"
 
 
 def test_images_without_objects_are_bad_data(finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path) -> None:
