@@ -27,7 +27,7 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,8 +99,7 @@ def lower_for_onnxruntime_cuda(
     """
     fold_constants(model)
     rewrites = [fuse_attention(model)]
-    int8_inputs = {gemm.layer: gemm.inputs is not None for gemm in read_gemms(model)}
-    branched = {layer_of(node) for node in model.graph if node.op_type == "Add" and ROLE_KEY in node.metadata_props}
+    asked = _asked(model)
     _lower_gemms(model, packed=weights != "dequantized")
     bits = _packed_bits(model)
     rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
@@ -113,34 +112,49 @@ def lower_for_onnxruntime_cuda(
     to_fp16(model)
     if weights == "dequantized at load":
         rewrites.append(unpack_at_load(model))
+    return Lowered(model, _lowered_layers(model, asked, bits), tuple(rewrites))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a layer is in the canonical graph, beside its weight."""
+
+    int8_inputs: bool
+    branch: bool
+
+
+def _asked(model: ir.Model) -> dict[str, _Asked]:
+    """Every quantized layer of a canonical graph, in graph order."""
+    branched = {layer_of(node) for node in model.graph if node.op_type == "Add" and ROLE_KEY in node.metadata_props}
+    return {gemm.layer: _Asked(gemm.inputs is not None, gemm.layer in branched) for gemm in read_gemms(model)}
+
+
+def _lowered_layers(model: ir.Model, asked: Mapping[str, _Asked], bits: Mapping[str, int]) -> dict[str, LoweredLayer]:
+    """What became of each layer, and why that is not what was asked for.
+
+    Args:
+        bits: of weights in the file; FP16 ones have none.
+    """
     packed = _packed_bits(model).keys()
     folded = {layer_of(node) for node in model.graph if FOLDED_KEY in node.metadata_props}
     layers = {}
-    for name, quantized in int8_inputs.items():
-        became = _lowered_layer(bits.get(name), packed=name in packed, int8_inputs=quantized)
-        layers[name] = replace(became, branch="folded" if name in folded else "kept") if name in branched else became
-    return Lowered(model, layers, tuple(rewrites))
+    for name, layer in asked.items():
+        if name in packed:
+            compute, why = f"INT{bits[name]} weights, FP16 arithmetic", ""
+        elif name in bits:
+            compute, why = f"INT{bits[name]} weights, dequantized at load, {FLOAT_GEMM}", UNPACKED
+        else:
+            compute, why = FLOAT_GEMM, "weights dequantized in the file"
+        reason = ", and ".join(filter(None, (NO_INT8 if layer.int8_inputs else "", why)))
+        became = LoweredLayer(compute, reason)
+        layers[name] = replace(became, branch="folded" if name in folded else "kept") if layer.branch else became
+    return layers
 
 
 def _packed_bits(model: ir.Model) -> dict[str, int]:
     """Bits of the weights of layers that MatMulNBits computes."""
     nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
     return {layer_of(node): node.attributes["bits"].as_int() for node in nodes}
-
-
-def _lowered_layer(bits: int | None, *, packed: bool, int8_inputs: bool) -> LoweredLayer:
-    """What became of a layer, and why that is not what was asked for.
-
-    Args:
-        bits: of its weights in the file, None for FP16 ones.
-        packed: its kernel reads the codes.
-    """
-    if packed:
-        return LoweredLayer(f"INT{bits} weights, FP16 arithmetic", NO_INT8 if int8_inputs else "")
-    compute, why = f"INT{bits} weights, dequantized at load, {FLOAT_GEMM}", UNPACKED
-    if bits is None:
-        compute, why = FLOAT_GEMM, "weights dequantized in the file"
-    return LoweredLayer(compute, f"{NO_INT8}, and {why}" if int8_inputs else why)
 
 
 def _lower_gemms(model: ir.Model, *, packed: bool) -> None:
