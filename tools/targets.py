@@ -170,11 +170,13 @@ def executions(recipe: Recipe) -> dict[str, str]:
 class _OnnxRuntime:
     """What its two targets have in common: engines are the lowered graphs themselves."""
 
+    folder: str
+
     def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
-        return {}
+        return _lowered_layers(folder)
 
     def told(self, folder: Path) -> list[str]:
-        return []
+        return _told_of(self.folder, self.lowered(folder))
 
     def remarks(self, folder: Path) -> list[Remarks]:
         return []
@@ -247,21 +249,12 @@ class OnnxRuntimeCuda(_OnnxRuntime):
 
     def lower(self, onnx: Path, folder: Path, step: Step) -> list[Path]:
         """As `Target.lower`; notes what each quantized layer became."""
-        paths, notes = [], {}
-        for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
-            for part in PARTS:
-                lowered = lower_for_onnxruntime_cuda(ir.load(source / f"{part}.onnx"))
-                paths += save_part(lowered.model, target / f"{part}.onnx")
-                notes[_key(target, folder, part)] = {"layers": _as_json(lowered.layers)}
-                step()
-        write_json(folder / LOWERING, notes)
-        return [*paths, folder / LOWERING]
 
-    def lowered(self, folder: Path) -> dict[str, LoweredLayer]:
-        return _lowered_layers(folder)
+        def lower(graph: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+            lowered = lower_for_onnxruntime_cuda(graph)
+            return lowered.model, {"layers": _as_json(lowered.layers)}
 
-    def told(self, folder: Path) -> list[str]:
-        return _told_of(self.folder, self.lowered(folder))
+        return _lower_all(onnx, folder, lower, step)
 
     def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         for place in (folder, folder / BASELINE):
@@ -340,20 +333,13 @@ class TensorRt:
         Raises:
             UsageError: a layer cannot be expressed for this target.
         """
-        paths, notes = [], {}
-        for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
-            for part in PARTS:
-                graph = ir.load(source / f"{part}.onnx")
-                lowered = lower_for_tensorrt(
-                    graph, self.target, self.low_rank, placement=self.placement, rewrites=REWRITES
-                )
-                require_clean(lowered.model, self.target)
-                paths += save_part(lowered.model, target / f"{part}.onnx")
-                layers = _as_json(lowered.layers)
-                notes[_key(target, folder, part)] = {"layers": layers, "float32": lowered.float32}
-                step()
-        write_json(folder / LOWERING, notes)
-        return [*paths, folder / LOWERING]
+
+        def lower(graph: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+            lowered = lower_for_tensorrt(graph, self.target, self.low_rank, placement=self.placement, rewrites=REWRITES)
+            require_clean(lowered.model, self.target)
+            return lowered.model, {"layers": _as_json(lowered.layers), "float32": lowered.float32}
+
+        return _lower_all(onnx, folder, lower, step)
 
     def build(self, folder: Path, step: Step, reporter: Reporter) -> list[Path]:
         """As `Target.build`; says how far each plan is.
@@ -602,6 +588,24 @@ class _Told:
         self._said = self._clock()
 
 
+def _lower_all(
+    onnx: Path, folder: Path, lower: Callable[[ir.Model], tuple[ir.Model, dict[str, Any]]], step: Step
+) -> list[Path]:
+    """Lower the quantized parts and the baseline's, and note what became of each; returns the files.
+
+    Args:
+        lower: gives the lowered graph, and what is noted of it.
+    """
+    paths, notes = [], {}
+    for source, target in ((onnx, folder), (onnx / "fp32", folder / BASELINE)):
+        for part in PARTS:
+            model, notes[_key(target, folder, part)] = lower(ir.load(source / f"{part}.onnx"))
+            paths += save_part(model, target / f"{part}.onnx")
+            step()
+    write_json(folder / LOWERING, notes)
+    return [*paths, folder / LOWERING]
+
+
 def _notes(folder: Path) -> dict[str, Any]:
     """What `lower` noted about each graph."""
     notes: dict[str, Any] = json.loads((folder / LOWERING).read_text(encoding="utf-8"))
@@ -613,7 +617,7 @@ def _as_json(layers: Mapping[str, LoweredLayer]) -> dict[str, Any]:
 
 
 def _lowered_layers(folder: Path) -> dict[str, LoweredLayer]:
-    """What `lower` noted about the layers of the quantized parts, if it did: older graphs for CUDA have no notes."""
+    """What `lower` noted about the layers of the quantized parts, if it did: those for the CPU have no notes."""
     if not (folder / LOWERING).is_file():
         return {}
     notes = _notes(folder)
@@ -621,7 +625,9 @@ def _lowered_layers(folder: Path) -> dict[str, LoweredLayer]:
 
 
 def _told_of(target: str, layers: Mapping[str, LoweredLayer]) -> list[str]:
-    """How many quantized layers became what, and the commonest reason, in lines for the user."""
+    """How many quantized layers became what, and the commonest reason, in lines for the user; none without layers."""
+    if not layers:
+        return []
     quantized = [layer for layer in layers.values() if layer.reason or layer.compute != FLOAT_GEMM]
     kinds = Counter(layer.compute for layer in quantized)
     lines = [f"{target}: {len(quantized)} layers: {'; '.join(f'{count} × {kind}' for kind, count in kinds.items())}"]

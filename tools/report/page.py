@@ -53,6 +53,7 @@ def report_page(out: Path) -> str:
         half=_half_precision(report),
         layers=sorted(report["layers"], key=executes_as_told),
         misfits=[layer for layer in report["layers"] if not executes_as_told(layer)],
+        executes_as_told=executes_as_told,
         noisiest=_noisiest(report),
         executions=_executions(report),
         placed=placed_layers(report),
