@@ -6,6 +6,7 @@ import contextlib
 import random
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from samq.tools.metrics import mask_of
 ADMINISTRATION = "shared-memory,model-repository,model-config,trace,logging:admin=secret"
 LOCKED = (f"--http-restricted-api={ADMINISTRATION}", f"--grpc-restricted-protocol={ADMINISTRATION}")
 GRPC_HEADER = "triton-grpc-protocol-admin"
+COUNTING_TIMEOUT = 30.0  # seconds
 STORE_MIB = 4
 IMAGES_KEPT = 8  # of half a mebibyte each
 CLIENTS, IMAGES_EACH, LEAST_ROUNDS, MOST_ROUNDS = 4, 3, 2, 8
@@ -118,10 +120,29 @@ def http_client(server: Server) -> Any:
     return tritonclient.http.InferenceServerClient(server.http)
 
 
-def runs(server: Server, model: str) -> int:
-    """Images that a model has run on, by the server's statistics."""
-    with http_client(server) as client:
-        return int(client.get_inference_statistics(model)["model_stats"][0]["inference_count"])
+@dataclass(frozen=True)
+class Counts:
+    """What a model has done, by the server's statistics."""
+
+    images: int
+    executions: int
+
+    @classmethod
+    def of(cls, server: Server, model: str) -> Counts:
+        with http_client(server) as client:
+            counts = client.get_inference_statistics(model)["model_stats"][0]
+        return cls(int(counts["inference_count"]), int(counts["execution_count"]))
+
+    @classmethod
+    def settled(cls, server: Server, model: str, images: int | None = None) -> Counts:
+        """Triton counts a request after it has answered: read until so many images are counted, or nothing is added."""
+        until, found = time.monotonic() + COUNTING_TIMEOUT, cls.of(server, model)
+        while time.monotonic() < until and found.images != images:
+            time.sleep(0.2)
+            earlier, found = found, cls.of(server, model)
+            if images is None and found == earlier:
+                break
+        return found
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -141,12 +162,13 @@ def test_masks_are_those_of_the_engine_in_this_process(server: Server, scenes: l
 
 def test_ten_clicks_on_one_image_run_the_encoder_once(server: Server, scenes: list[Scene]) -> None:
     scene, clicked = scenes[0], np.random.default_rng(0).uniform(0, 256, (10, 1, 1, 2))
-    encoded, decoded = runs(server, "sam_image_encoder"), runs(server, "sam_mask_decoder")
+    before = {model: Counts.settled(server, model).images for model in MODELS.values()}
     with SamClient(server.http) as client:
         handle = client.predict(scene.image).handle
         answers = [client.predict(handle=handle, points=points) for points in clicked]
-        assert runs(server, "sam_image_encoder") == encoded + 1
-        assert runs(server, "sam_mask_decoder") == decoded + 10
+        for model, more in (("sam_image_encoder", 1), ("sam_mask_decoder", 10)):
+            expected = before[model] + more
+            assert Counts.settled(server, model, expected).images == expected
         for points, answer in zip(clicked, answers, strict=True):
             assert answer.handle == handle
             assert (client.predict(scene.image, points=points).masks == answer.masks).all()
@@ -342,22 +364,17 @@ def resident(server: Server) -> int:
 
 
 def test_requests_side_by_side_are_batched_for_the_encoder(server: Server, scenes: list[Scene]) -> None:
-    def statistics() -> tuple[int, int]:
-        with http_client(server) as client:
-            counts = client.get_inference_statistics("sam_image_encoder")["model_stats"][0]
-            return int(counts["inference_count"]), int(counts["execution_count"])
-
     def visit(scene: Scene) -> None:
         with SamClient(server.grpc, "grpc") as client:
             for _ in range(4):
                 client.predict(scene.image)
 
-    before = statistics()
+    before = Counts.settled(server, "sam_image_encoder")
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(visit, scenes * 2))
-    images, executions = (after - earlier for after, earlier in zip(statistics(), before, strict=True))
-    assert images == 24
-    assert executions < images
+    after = Counts.settled(server, "sam_image_encoder", before.images + 24)
+    assert after.images - before.images == 24
+    assert after.executions - before.executions < 24
 
 
 @pytest.fixture(params=[tuple(MOST)])
