@@ -292,17 +292,19 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
     """`weights/` and the checkpoint → `onnx/`: canonical Q/DQ parts, and the baseline in FP32 and FP16.
 
     With a target named, the graphs are lowered for it too, so that only the engines are left to build elsewhere. Parts
-    that were exported for the same shapes are lowered as they are.
+    that were exported for the same shapes are lowered as they are, beside what they were lowered to for other targets.
     """
     out.require("quantize")
     watch = Watch(reporter)
     target = None if job.target is None else tensorrt_target(job)  # refuses what is wrong before anything is traced
     paths = _exported_before(out, job) or _canonical(out, job, reporter)
     if target is not None:
+        folder = out.path / "engines" / target.folder
         with reporter.track(f"lower for {target.folder}", target.graphs) as step:
-            paths += target.lower(out.path / "onnx", out.path / "engines" / target.folder, step)
-        for line in target.told(out.path / "engines" / target.folder):
+            lowered = target.lower(out.path / "onnx", folder, step)
+        for line in target.told(folder):
             reporter.say(line)
+        paths = [path for path in paths if not path.is_relative_to(folder)] + lowered
     before = out.stages.get("export", {}).get("options", {}).get("shapes", job.shapes)
     if before != job.shapes:
         reporter.say(f"onnx/ is for {job.shapes} now, and was for {before}")
@@ -310,11 +312,11 @@ def run_export(out: OutputDir, job: Job, reporter: Reporter) -> None:
 
 
 def _exported_before(out: OutputDir, job: Job) -> list[Path]:
-    """The files in `onnx/` of an export for the same shapes; empty where there was none, or one was changed since."""
+    """The files of an export for the same shapes; empty where there was none, or one was changed since."""
     earlier = out.stages.get("export", {})
     if earlier.get("options", {}).get("shapes") != job.shapes or not out.done("export"):
         return []
-    return [out.path / name for name in earlier["artifacts"] if Path(name).parts[0] == "onnx"]
+    return [out.path / name for name in earlier["artifacts"]]
 
 
 def _canonical(out: OutputDir, job: Job, reporter: Reporter) -> list[Path]:

@@ -113,6 +113,18 @@ def test_parts_of_the_same_shapes_are_lowered_as_they_are(out: Path, monkeypatch
     assert traced == [IMAGE_ENCODER] * 2
 
 
+def test_graphs_of_several_targets_lie_side_by_side(out: Path) -> None:
+    for command in (("--target", "trt8"), ("--target", "trt11"), ("--target", "trt8", "--low-rank", "fold"), ()):
+        assert samq("export", "--output-dir", out, *command).code == 0
+    directory = OutputDir.open(out)
+    lowered = {
+        str(path.relative_to(out)) for name in ("trt8", "trt11") for path in (out / "engines" / name).rglob("*.*")
+    }
+    assert lowered <= directory.stages["export"]["artifacts"].keys()
+    assert not lowered & {*directory.superseded}
+    assert directory.done("export")
+
+
 def test_stages_that_an_export_makes_void_are_named(
     finished: tuple[Path, Answer], inputs: Inputs, tmp_path: Path
 ) -> None:
