@@ -86,11 +86,7 @@ def verdict(report: dict[str, Any]) -> str:
         f"{size['quantized_layers']} layers quantized, to {size['quantized_layers_ratio']:.3f} of their FP16 bytes; "
         f"ONNX files at {size['file_ratio']:.3f} of FP16."
     )
-    faster = "faster" if is_as_fast(latency["speedup"]) else "SLOWER"
-    lines.append(
-        f"{latency['engine']}: {latency['quantized_ms']:.1f} ms against {latency['baseline_ms']:.1f} ms "
-        f"({latency['speedup']:.2f}× as fast as {latency['baseline']}: {faster})."
-    )
+    lines.append(speeds(latency))
     if report["disagreements"]:
         lines.append(_misfits(report))
     elif not placed:
@@ -204,6 +200,14 @@ def _size(report: dict[str, Any]) -> Claim:
         f"{before} → {after}; ONNX files {number(figures['file_ratio'], 3)} of FP16",
         PLAIN,
     )
+
+
+def speeds(latency: dict[str, Any]) -> str:
+    """Both latencies and the faster one in a sentence; what two digits hide is no difference."""
+    times = f"{milliseconds(latency['quantized_ms'])} against {milliseconds(latency['baseline_ms'])}"
+    speedup = f"{latency['speedup']:.2f}"
+    faster = "no difference" if speedup == "1.00" else "faster" if latency["speedup"] > 1 else "SLOWER"
+    return f"{latency['engine']}: {times} ({speedup}× as fast as {latency['baseline']}: {faster})."
 
 
 def _speed(report: dict[str, Any]) -> Claim:

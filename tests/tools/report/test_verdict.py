@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from samq.tools.gates import judge
-from samq.tools.report.verdict import MISSED, PASSED, PLAIN, UNKNOWN, WARNING, claims, folded_branches, headline
+from samq.tools.report.verdict import MISSED, PASSED, PLAIN, UNKNOWN, WARNING, claims, folded_branches, headline, speeds
 
 MISFIT = {"name": "b", "requested": "W4A8: INT8 GEMM", "agrees": False}
 
@@ -79,6 +79,19 @@ def test_what_nobody_asked_for_is_neither_passed_nor_missed() -> None:
     assert (accuracy.asked, accuracy.state) == ("no gate", PLAIN)
     assert (speed.asked, speed.state) == ("no gate", WARNING)
     assert "slower" in speed.of
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (20.0, 9.96, "9.96 ms against 20.0 ms (2.01× as fast as FP16: faster)."),
+        (4.154, 4.146, "4.15 ms against 4.15 ms (1.00× as fast as FP16: no difference)."),
+        (4.0, 5.0, "5.00 ms against 4.00 ms (0.80× as fast as FP16: SLOWER)."),
+    ],
+)
+def test_a_difference_that_two_digits_hide_is_none(before: float, after: float, told: str) -> None:
+    times = {"baseline_ms": before, "quantized_ms": after, "speedup": before / after}
+    assert speeds({"engine": "tensorrt", "baseline": "FP16", **times}) == f"tensorrt: {told}"
 
 
 def test_a_layer_that_executes_something_else_is_counted() -> None:
