@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from small_model import small_sam2
 from transformers import Sam2Model
+
+settings.register_profile("samq", derandomize=True, deadline=None, database=None)  # the same examples in every run
+settings.load_profile("samq")
 
 
 @pytest.fixture(scope="session", autouse=True)

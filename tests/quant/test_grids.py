@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -133,7 +133,6 @@ def test_round_to_nearest_equals_float64(name: str, rows: int, inputs: int, grou
 
 @pytest.mark.parametrize("name", GRIDS)
 @given(weights())
-@settings(deadline=None, derandomize=True)
 def test_round_to_nearest_equals_float64_away_from_ties(name: str, drawn: tuple[Tensor, int]) -> None:
     (weight, group_size), grid = drawn, GRIDS[name]
     scales = choose_scales(weight, grid, group_size)

@@ -13,7 +13,7 @@ WIDTHS = [base << shift for base in (96, 112, 144) for shift in range(4)]
 
 
 @given(st.integers(1, 600))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_rows_are_orthogonal_where_there_is_one(order: int) -> None:
     matrix = hadamard(order)
     if matrix is None:

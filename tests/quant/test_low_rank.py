@@ -123,7 +123,7 @@ def test_weighted_branch_equals_the_papers(
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**32 - 1), st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_no_other_branch_leaves_less_of_the_output(rows: int, inputs: int, seed: int, data: st.DataObject) -> None:
     """Neither plain and diagonal SVD nor a branch beside the best one does, and what is left is the energies' rest."""
     rank = data.draw(st.integers(1, min(rows, inputs)))
@@ -145,7 +145,7 @@ def test_no_other_branch_leaves_less_of_the_output(rows: int, inputs: int, seed:
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.sampled_from(["diagonal", "full"]), st.integers(0, 999))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_weighing_is_undone(rows: int, inputs: int, weighting: Literal["diagonal", "full"], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     root = input_root(hessian_of(inputs, seed), weighting)

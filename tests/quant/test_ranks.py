@@ -38,7 +38,7 @@ LAYERS = st.lists(
 
 
 @given(LAYERS, st.integers(0, 4000))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_within_the_budget_and_at_most_one_step_from_the_best(
     layers: list[tuple[list[float], int]], budget: int
 ) -> None:
@@ -54,7 +54,7 @@ def test_within_the_budget_and_at_most_one_step_from_the_best(
 
 
 @given(st.lists(st.lists(st.floats(0.01, 100), max_size=3), min_size=1, max_size=4), st.integers(0, 12))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_layers_of_one_size_get_the_best_of_all_choices(layers: list[list[float]], steps: int) -> None:
     candidates = [candidate(gains, 24) for gains in layers]
     budget = steps * candidates[0].price(RANK_STEP)

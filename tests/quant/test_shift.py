@@ -63,7 +63,7 @@ KINDS: dict[str, Callable[[int, int], Tiny]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(width=st.integers(1, 12), seed=st.integers(0, 999))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 def test_a_fold_is_exact_wherever_one_is_possible(kind: str, width: int, seed: int) -> None:
     """In float64; and with the readers' biases as they were, another function."""
     for readers in (True, False):

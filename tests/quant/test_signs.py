@@ -24,10 +24,10 @@ ATTENTION = decoder_attentions(small_sam2())["mask_decoder.transformer.layers.0.
 
 
 def signs_of(count: int, seed: int) -> Tensor:
-    """[count] of ±1, at least a quarter on either side."""
+    """[count] of ±1, at least three eighths on either side."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.where(
-        torch.arange(count) < torch.randint(count // 4, 3 * count // 4, (1,), generator=generator), -1, 1
+        torch.arange(count) < torch.randint(3 * count // 8, 5 * count // 8, (1,), generator=generator), -1, 1
     )
     return signs[torch.randperm(count, generator=generator)].float()
 

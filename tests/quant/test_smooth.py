@@ -140,7 +140,7 @@ KINDS: dict[str, Callable[[int, int], Tiny]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.integers(2, 24), st.integers(0, 999))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 def test_a_fold_at_each_kind_of_site_is_exact(kind: str, width: int, seed: int) -> None:
     """In float64, with factors from 0.01 to 100; and had the source not taken them, the output would tell."""
     for source in (True, False):
@@ -160,7 +160,7 @@ def test_a_fold_at_each_kind_of_site_is_exact(kind: str, width: int, seed: int) 
 
 
 @given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 999))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_a_product_in_front_of_a_layer_is_exact(width: int, rows: int, seed: int) -> None:
     """In float64: x Wᵀ + b = (x / s)(W diag(s))ᵀ + b, by the layer itself and by the equation."""
     layer, x = randomized(nn.Linear(width, rows), seed), normal(5, width, seed=seed)

@@ -54,7 +54,7 @@ def test_a_processor_that_does_more_is_refused() -> None:
         measured(Darkening.from_checkpoint(None, 64))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIZES, SIZES, st.integers(1, 600), SIZES)
 def test_masks_are_enlarged_as_in_the_evaluation(h: int, w: int, height: int, width: int) -> None:
     """`mask_of` is torch's interpolation; a pixel may differ where the logit is zero to within rounding."""
