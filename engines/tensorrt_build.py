@@ -195,7 +195,7 @@ class _Build:
         try:
             return read_layers(text)
         except ValueError:
-            self.log.messages.append((WARNING, "the engine inspector's account is no JSON: no layer is known"))
+            self.log.messages.append((WARNING, "the engine inspector's account cannot be read: no layer is known"))
             return ()
 
 

@@ -6,7 +6,9 @@
 | 8.6     | `{ForeignNode[first...last]}`, type Myelin  | hidden: only the region's first and last are named    |
 | 10, 11  | kernels, as `__myl_FcAdd_myl0_3`            | `Metadata`: `[ONNX Layer: name]`, one after the other |
 
-(onnx-tensorrt, `processMetadata`; texts of the inspector in TensorRT issues 4020 and 4397.)
+(onnx-tensorrt, `processMetadata`; texts of the inspector in TensorRT issues 4020 and 4397.) A tensor's number type and
+layout stand together as `Format/Datatype`; 11 parts them into `Datatype` and `Format`, and weights may stand under a
+layer's `Constants` ("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x"; Polygraphy's reader of 11.1).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MYELIN = "Myelin"
 _TYPES = (
     ("INT4", r"INT4"),
     ("INT8", r"INT8"),
-    ("FP8", r"FP8"),
+    ("FP8", r"FP8|FLOAT8"),
     ("BF16", r"BF16|BFLOAT16"),
     ("FP16", r"FP16|HALF"),
     ("FP32", r"FP32|FLOAT"),
@@ -67,16 +69,20 @@ def read_layers(text: str) -> tuple[EngineLayer, ...]:
     """Layers from the inspector's JSON, in the order of execution.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or JSON of another form.
     """
-    rows = json.loads(text, strict=False).get("Layers", [])  # names in Metadata are parted by control characters
-    return tuple(_read_layer({"Name": row} if isinstance(row, str) else row) for row in rows)
+    account = json.loads(text, strict=False)  # names in Metadata are parted by control characters
+    try:
+        return tuple(_read_layer({"Name": row} if isinstance(row, str) else row) for row in account.get("Layers", ()))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the engine inspector's account has an unknown form: {error}") from error
 
 
 def _read_layer(row: Mapping[str, Any]) -> EngineLayer:
     name, kind, tactic = (str(row.get(key, "")) for key in ("Name", "LayerType", "TacticName"))
-    inputs, outputs = (
-        [_type_of(t.get("Format/Datatype", "")) for t in row.get(key, [])] for key in ("Inputs", "Outputs")
+    inputs, outputs, constants = (
+        [_type_of(tensor.get("Format/Datatype") or tensor.get("Datatype") or "") for tensor in row.get(key) or ()]
+        for key in ("Inputs", "Outputs", "Constants")
     )
     layer = EngineLayer(name, kind, UNKNOWN, "", tactic, _nodes(row))
     if layer.fused:
@@ -84,7 +90,7 @@ def _read_layer(row: Mapping[str, Any]) -> EngineLayer:
         return replace(layer, precision="/".join(edges) or UNKNOWN)
     stored = row.get("Weights")
     weights = _type_of(stored.get("Type", "")) if isinstance(stored, dict) else ""
-    weights = "INT4" if "INT4" in inputs[1:] else weights
+    weights = "INT4" if "INT4" in (*inputs[1:], *constants) else weights
     named = _TACTIC.search(tactic)
     numbers = [kind for kind in (*inputs, *outputs) if kind]
     precision = _TACTIC_TYPES[named[1]] if named else next(iter(numbers), UNKNOWN)
@@ -102,7 +108,8 @@ def nodes_in(metadata: str) -> tuple[str, ...]:
 
 
 def _nodes(row: Mapping[str, Any]) -> tuple[str, ...]:
-    told = nodes_in(row.get("Metadata") or "")
+    metadata = row.get("Metadata") or ""
+    told = nodes_in(metadata if isinstance(metadata, str) else json.dumps(metadata))  # 11 may give a list or an object
     name = str(row.get("Name", ""))
     if told or name.startswith("Reformatting CopyNode") or _FOREIGN.fullmatch(name):
         return told

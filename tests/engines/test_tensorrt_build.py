@@ -307,7 +307,7 @@ def test_timings_that_cannot_be_read_are_not_why_a_build_fails(trt: Simulation, 
 def test_an_account_that_cannot_be_read_costs_no_plan(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
     trt.fails["EngineInspector.get_engine_information"] = '{"Layers": [{"Name": "a "quoted" name"}]}'
     info = build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
-    assert "the engine inspector's account is no JSON: no layer is known" in info.warnings
+    assert "the engine inspector's account cannot be read: no layer is known" in info.warnings
     unknown = Executed("unknown (the engine inspector does not name it)", "none")
     assert executed_layers(tmp_path / "part.plan") == {"a.qkv": unknown}
 

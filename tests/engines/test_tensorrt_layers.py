@@ -1,10 +1,12 @@
-"""What the engine inspector says, read for 8.6 and 10.x; the answers have the form of those in TensorRT issues 4020
-and 4397, with samq's names in them.
+"""What the engine inspector says, read for 8.6, 10.x and 11; the answers have the form of those in TensorRT issues 4020
+and 4397, with samq's names in them, and for 11 what its migration guide makes of them.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,27 @@ def test_layers_of_10() -> None:
         "b.key": "FP16 GEMM",
     }
     assert "i8i8" in found["a.qkv"].operator, "the transposing kernel names the node too, and is no GEMM"
+
+
+def as_11_tells(account: dict[str, Any]) -> str:
+    """The same account as TensorRT 11 gives it, weights among the constants."""
+    for layer in account["Layers"]:
+        for tensor in (*layer["Inputs"], *layer["Outputs"]):
+            tensor |= {"Datatype": tensor.pop("Format/Datatype"), "Format": "Row major linear FP32 format (kLINEAR)"}
+        layer["Inputs"], layer["Constants"] = layer["Inputs"][:1], layer["Inputs"][1:]
+        layer["Metadata"] = [layer["Metadata"]]
+    return json.dumps({"Layers": account["Layers"], "I/O Tensors": []})
+
+
+def test_layers_of_11() -> None:
+    text = (DATA / "10.json").read_text(encoding="utf-8")
+    assert read_layers(as_11_tells(json.loads(text, strict=False))) == read_layers(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"Layers": 3}', '{"Layers": [null]}', '{"Layers": [{"Inputs": ["x"]}]}'])
+def test_an_account_of_another_form_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match="unknown form"):
+        read_layers(text)
 
 
 def test_precision_of_every_layer() -> None:
@@ -122,6 +145,7 @@ def test_names_alone_say_no_precision() -> None:
         ("Float", "FP32"),
         ("Row major linear INT8 format", "INT8"),
         ("FP8", "FP8"),
+        ("Float8E4M3", "FP8"),
         ("Int32", "unknown"),
         ("Row major linear INT64", "unknown"),
     ],
