@@ -104,12 +104,15 @@ class _Build:
         builder: trt.Builder = new_builder(api, self.logger, self.log, self.onnx_path)
         strong = hasattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         network: trt.INetworkDefinition = builder.create_network(network_flags(api))
-        self.progress("parse", 0, 0)
-        parse_into(api, network, self.logger, self.log, self.onnx_path)
-        config = self._config(builder, network, strong)
-        timings = self._timings(config)
-        self.progress("build", 0, 0)
-        plan: trt.IHostMemory | None = builder.build_serialized_network(network, config)
+        plan: trt.IHostMemory | None = None
+        with self.watch.heeding_interrupts():
+            self.progress("parse", 0, 0)
+            parse_into(api, network, self.logger, self.log, self.onnx_path)
+            config = self._config(builder, network, strong)
+            timings = self._timings(config)
+            self.progress("build", 0, 0)
+            if self.watch.raised is None:
+                plan = builder.build_serialized_network(network, config)
         if self.watch.raised is not None:
             raise self.watch.raised
         if plan is None:

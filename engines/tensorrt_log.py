@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ _SENTENCES: tuple[tuple[str, type[SamqError], str], ...] = (
     (r"Could not find any implementation for node (.+?)(?:\.\)|\.$|\)$|$)", BadInput, _NO_KERNEL),
     (r"Magic tag does not match|PLAN_MAGIC_TAG", BadInput, _NO_PLAN),
 )
-_NO_OBJECT = "factory function returned nullptr"  # what the bindings say of a builder or runtime, whatever the reason
+_NO_OBJECT = "factory function returned nullptr"  # what the bindings say, whatever the reason
 _ORIGIN = re.compile(r"^(?:\d+: )?(?:\[\S+\] |\S+\.cpp:\d+: )?(?:Error Code \d+: )?")
 _NODE_NAME = re.compile(r'^(?:\S+\.cpp:\d+: )?name: "(.*)"$', re.MULTILINE)
 _NODE_TYPE = re.compile(r'^(?:\S+\.cpp:\d+: )?op_type: "(.*)"$', re.MULTILINE)
@@ -141,6 +141,12 @@ def new_runtime(api: Any, logger: trt.ILogger, log: Log, plan_path: Path) -> trt
     """A runtime; arguments and errors are those of `new_builder`."""
     runtime: trt.Runtime = _started(api.Runtime, logger, log, plan_path)
     return runtime
+
+
+def new_refitter(api: Any, engine: trt.ICudaEngine, logger: trt.ILogger, log: Log, plan_path: Path) -> trt.Refitter:
+    """A refitter of an engine; the other arguments and errors are those of `new_builder`."""
+    refitter: trt.Refitter = _started(partial(api.Refitter, engine), logger, log, plan_path)
+    return refitter
 
 
 def _started(kind: Callable[[trt.ILogger], Any], logger: trt.ILogger, log: Log, path: Path) -> Any:

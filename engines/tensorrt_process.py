@@ -65,29 +65,36 @@ class Worker:
             SamqError: what the call raised there, as it would have been raised here.
             MachineLacks: the process has ended.
         """
+        answer = self._answer_to({"call": name, **arguments}, progress)
+        if "error" in answer:
+            raise _error(answer)
+        return answer["result"]
+
+    def _answer_to(self, call: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """The process ends where its answer is not waited for, or that would be taken for the next call's."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._ended() from error
-        for line in self._process.stdout:
-            answer = json.loads(line)
-            if "progress" in answer:
-                self._tell(progress, answer["progress"])
-            elif "error" in answer:
-                raise _error(answer)
-            else:
-                return answer["result"]
+            with suppress(OSError):  # it has ended, and so do its answers
+                self._process.stdin.write(json.dumps(call) + "\n")
+                self._process.stdin.flush()
+            for line in self._process.stdout:
+                answer = self._read(line)
+                if "progress" not in answer:
+                    return answer
+                progress(*answer["progress"])
+        except BaseException:
+            self._process.kill()
+            raise
         raise self._ended()
 
-    def _tell(self, progress: Progress, told: Sequence[Any]) -> None:
+    def _read(self, line: str) -> dict[str, Any]:
         try:
-            progress(*told)
-        except BaseException:
-            self._process.kill()  # or the rest of this call's answers would be taken for the next one's
-            raise
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:
+            said = f"{self.python} prints {line.strip()!r}"
+            raise MachineLacks(f"{said}, where only TensorRT's answers may stand; let it print to stderr") from error
+        return answer
 
     def _ended(self) -> MachineLacks:
         status = self._process.wait()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # phase, step, steps (0: not known)
 Progress = Callable[[str, int, int], None]
+
+_INTERRUPTED = "interrupted: ends when TensorRT lets it, with 8.6 once this plan is built; Ctrl-C again ends at once"
 
 
 def silent(phase: str, step: int, steps: int) -> None:
@@ -35,6 +41,27 @@ class Watch:
             except BaseException as error:  # Ctrl-C too
                 self.raised = error
         return self.raised is None
+
+    @contextmanager
+    def heeding_interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C end the build, too: what Python raises within TensorRT's calls of its logger, the bindings swallow
+        (`PyLogger::log`). The caller raises `raised` afterwards. A second one ends the process at once.
+        """
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield  # there is none here, or somebody else takes it
+            return
+
+        def heed(*_: object) -> None:
+            self.raised = KeyboardInterrupt()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, f"\n{_INTERRUPTED}\n".encode())  # `print` may have been interrupted itself
+
+        signal.signal(signal.SIGINT, heed)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def monitor(self, api: Any) -> Any:
         """As TensorRT wants it, or None where the version (8.6) knows no such thing."""

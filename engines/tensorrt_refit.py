@@ -25,6 +25,7 @@ from samq.engines.tensorrt_log import (
     failure,
     load_tensorrt,
     new_builder,
+    new_refitter,
     new_runtime,
     plain,
     version_of,
@@ -109,7 +110,7 @@ def _refitted(
     engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan_path.read_bytes())
     if engine is None:
         raise failure(plan_path, log)
-    refitter: trt.Refitter = api.Refitter(engine, logger)
+    refitter: trt.Refitter = new_refitter(api, engine, logger, log, plan_path)
     takes = _keys(refitter.get_all())
     fixed = sorted(changed - takes.keys())
     if fixed:
@@ -121,7 +122,9 @@ def _refitted(
         _set_by_layer(refitter, {key: takes[key] for key in changed}, network_weights(api, network), onnx_path)
     if not refitter.refit_cuda_engine():
         raise failure(onnx_path, log)
-    plan: trt.IHostMemory = engine.serialize()
+    plan: trt.IHostMemory | None = engine.serialize()
+    if plan is None:
+        raise failure(plan_path, log)
     return bytes(plan), parts
 
 

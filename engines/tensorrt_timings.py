@@ -56,21 +56,8 @@ def use_timings(config: trt.IBuilderConfig, path: Path, log: Log) -> Timings | N
     """
     with _alone_in(path.parent):
         kept = _content(path)
-    held = _HELD.get(path)
-    if held is not None and (kept or not held.seen) and config.set_timing_cache(held.cache, False):
-        return held
-    if kept:
-        cache, whole = _read(config, kept, log)
-        if cache is not None and config.set_timing_cache(cache, False):
-            if not whole:
-                _warn(log, path, "cannot be read in full by this TensorRT; the rest is measured anew")
-            return Timings(path, cache, kept)
-        _warn(log, path, "does not fit; timings are measured anew")
-    empty: trt.ITimingCache | None = config.create_timing_cache(b"")
-    if empty is None or not config.set_timing_cache(empty, False):
-        log.messages.append((WARNING, "this TensorRT takes no timings: all are measured anew"))
-        return None
-    return Timings(path, empty, kept)
+    with _no_errors_of_the_build(log):
+        return _held(config, path, kept, log) or _of_file(config, path, kept, log) or _none_yet(config, path, kept, log)
 
 
 def keep_timings(config: trt.IBuilderConfig, timings: Timings, log: Log) -> None:
@@ -81,7 +68,7 @@ def keep_timings(config: trt.IBuilderConfig, timings: Timings, log: Log) -> None
     """
     path = timings.path
     _HELD[path] = timings
-    with _alone_in(path.parent):
+    with _alone_in(path.parent), _no_errors_of_the_build(log):
         others = _content(path)
         if others not in (b"", timings.seen):
             _add(config, timings, others, log)
@@ -93,6 +80,37 @@ def keep_timings(config: trt.IBuilderConfig, timings: Timings, log: Log) -> None
         with written_whole(path) as temporary:
             temporary.write_bytes(written)
     timings.seen = written
+
+
+def _held(config: trt.IBuilderConfig, path: Path, kept: bytes, log: Log) -> Timings | None:
+    """What this process holds, with what others wrote since; None where that was thrown away or does not fit."""
+    held = _HELD.get(path)
+    if held is None or (held.seen and not kept):
+        return None
+    if kept not in (b"", held.seen):
+        _add(config, held, kept, log)
+        held.seen = kept
+    return held if config.set_timing_cache(held.cache, False) else None
+
+
+def _of_file(config: trt.IBuilderConfig, path: Path, kept: bytes, log: Log) -> Timings | None:
+    if not kept:
+        return None
+    cache, whole = _read(config, kept, log)
+    if cache is None or not config.set_timing_cache(cache, False):
+        _warn(log, path, "does not fit; timings are measured anew")
+        return None
+    if not whole:
+        _warn(log, path, "cannot be read in full by this TensorRT; the rest is measured anew")
+    return Timings(path, cache, kept)
+
+
+def _none_yet(config: trt.IBuilderConfig, path: Path, kept: bytes, log: Log) -> Timings | None:
+    empty: trt.ITimingCache | None = config.create_timing_cache(b"")
+    if empty is None or not config.set_timing_cache(empty, False):
+        log.messages.append((WARNING, "this TensorRT takes no timings: all are measured anew"))
+        return None
+    return Timings(path, empty, kept)
 
 
 def _add(config: trt.IBuilderConfig, timings: Timings, content: bytes, log: Log) -> None:
@@ -108,9 +126,17 @@ def _read(config: trt.IBuilderConfig, content: bytes, log: Log) -> tuple[trt.ITi
     """Timings that were written before, and whether these are all of them: 8.6 says so in its log alone."""
     before = len(log.messages)
     cache: trt.ITimingCache | None = config.create_timing_cache(content)
-    said = log.messages[before:]  # which is no error of the build, and must not stand for the reason of one
-    log.messages[before:] = [(INFO if severity == ERROR else severity, text) for severity, text in said]
-    return cache, all(severity != ERROR for severity, _ in said)
+    return cache, all(severity != ERROR for severity, _ in log.messages[before:])
+
+
+@contextmanager
+def _no_errors_of_the_build(log: Log) -> Iterator[None]:
+    """What TensorRT says of timings must not stand for the reason that a build fails, should it fail."""
+    before = len(log.messages)
+    try:
+        yield
+    finally:
+        log.messages[before:] = [(INFO if kind == ERROR else kind, text) for kind, text in log.messages[before:]]
 
 
 def _warn(log: Log, path: Path, what: str) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,10 +89,11 @@ class Simulation:
 
     Attributes:
         done: (Class.member, arguments or value) of everything that was called or set.
-        fails: Class.member → what it gives instead of its result; a Builder or a Runtime itself cannot be had.
+        fails: Class.member → what it gives instead of its result; a Builder, Runtime or Refitter itself cannot be had.
         says: what is logged by the calls of a Class.member.
         cannot_read: timings that 8.6 answers by an error in the log: it reads the others alone, and combines none.
         does_not_fit: timings that no builder takes.
+        interrupted: Ctrl-C is pressed while the logger is called, and lost there.
     """
 
     def __init__(self, version: str) -> None:
@@ -100,6 +103,7 @@ class Simulation:
         self.says: dict[str, list[tuple[str, str]]] = {}
         self.cannot_read: bytes | None = None
         self.does_not_fit: bytes | None = None
+        self.interrupted = False
         self.logger: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -196,9 +200,15 @@ class Simulation:
             set_tactic_sources=lambda mask: True,
             add_optimization_profile=lambda profile: 0,
             create_timing_cache=self._timing_cache,
-            set_timing_cache=lambda cache, ignore: cache.content != self.does_not_fit,
+            set_timing_cache=self._takes,
             **{name: None for name in ("progress_monitor",) if name in self.members["IBuilderConfig"]},
         )
+
+    def _takes(self, cache: Any, ignore_mismatch: bool) -> bool:
+        fits: bool = cache.content != self.does_not_fit
+        if not fits:
+            self.logger.log("ERROR", "API Usage Error (CUDA device property of the cache is different)")
+        return fits
 
     def _timing_cache(self, content: bytes) -> Any:
         """Timings are letters, `!` those of the build itself; what is of another driver is read, and not combined."""
@@ -233,6 +243,9 @@ class Simulation:
 
     def _built(self, network: Any, config: Any) -> Host | None:
         monitor = config.known.get("progress_monitor")
+        if self.interrupted:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
         if monitor is not None:
             monitor.phase_start("Building Engine", None, 2)
             going = all(monitor.step_complete("Building Engine", step) for step in range(2))
@@ -271,6 +284,7 @@ class Simulation:
         return engine
 
     def _Refitter(self, engine: Any, logger: Any) -> Any:
+        self._start("Refitter", logger)
         content, given = engine.content, {}
         takes = [key for key in content["weights"] if key not in content["folded"]]
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,9 +182,12 @@ def test_a_process_holds_on_to_its_timings(trt: Simulation, onnx: Path, timings:
 
 
 def test_a_process_adds_what_others_measured_since(trt: Simulation, onnx: Path, timings: Path) -> None:
+    """Before it builds, for then it need not measure that itself."""
     build(onnx, timings)
     timings.write_bytes(b"c")
     build(onnx, timings)
+    calls = [name for name, _ in trt.done]
+    assert calls.index("ITimingCache.combine") < len(calls) - 1 - calls[::-1].index("Builder.build_serialized_network")
     assert timings.read_bytes() == b"c!"
     assert len(trt.values("ITimingCache.combine")) == 1
     build(onnx, timings)
@@ -258,6 +262,10 @@ def test_timings_that_do_not_fit_are_measured_anew(trt: Simulation, onnx: Path, 
     timings.parent.mkdir()
     timings.write_bytes(b"of another driver")
     trt.does_not_fit = b"of another driver"
+    trt.fails["Builder.build_serialized_network"] = None
+    with pytest.raises(BadInput, match="no reason given"):  # what is said of timings is no reason
+        build(onnx, timings)
+    del trt.fails["Builder.build_serialized_network"]
     assert f"{timings.name} does not fit; timings are measured anew" in build(onnx, timings).warnings
     assert timings.read_bytes() == b"!"
     trt.does_not_fit = b""  # what this process holds by now
@@ -328,6 +336,27 @@ def test_who_watches_can_end_a_build(trt: Simulation, onnx: Path, tmp_path: Path
         build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES), interrupt)
     assert not (tmp_path / "part.plan.json").exists()
     assert len(trt.values("cancelled")) == (trt.version != "8.6.0"), "it does not wait for the end where it can"
+
+
+def test_an_interrupt_that_the_bindings_swallow_ends_a_build(
+    trt: Simulation, onnx: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trt.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    assert not (tmp_path / "part.plan").exists()
+    assert len(trt.values("cancelled")) == (trt.version != "8.6.0"), "it does not wait for the end where it can"
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_takes_interrupts_otherwise_is_left_alone(trt: Simulation, onnx: Path, tmp_path: Path) -> None:
+    trt.interrupted = True
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        build_engine(onnx, tmp_path / "part.plan", BuildOptions(ranges=RANGES))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_refused_node_is_named(trt: Simulation, onnx: Path, tmp_path: Path) -> None:

@@ -126,12 +126,13 @@ def test_what_cannot_be_refitted_is_one_line(trt: Simulation, tmp_path: Path, mo
         tensorrt.refit_engine(plan, onnx, plan)
 
 
-@pytest.mark.parametrize("step", ["open", "hand over", "refit"])
+@pytest.mark.parametrize("step", ["open", "hand over", "refit", "write"])
 def test_failures_of_tensorrt_are_one_line(trt: Simulation, plan: Path, tmp_path: Path, step: str) -> None:
     old = trt.version == "8.6.0"
     fails, answer, words = {
         "open": ("Runtime.deserialize_cuda_engine", None, "TensorRT fails"),
         "refit": ("Refitter.refit_cuda_engine", False, "TensorRT fails"),
+        "write": ("ICudaEngine.serialize", None, "TensorRT fails"),
         "hand over": ("Refitter.set_weights", False, "does not take the weights")
         if old
         else ("OnnxParserRefitter.refit_from_file", False, "an initializer is missing"),
@@ -142,8 +143,8 @@ def test_failures_of_tensorrt_are_one_line(trt: Simulation, plan: Path, tmp_path
     assert not (tmp_path / "new.plan").exists()
 
 
-@pytest.mark.parametrize(("kind", "file"), [("Builder", "new.onnx"), ("Runtime", "old.plan")])
-def test_a_builder_or_runtime_that_does_not_start(
+@pytest.mark.parametrize(("kind", "file"), [("Builder", "new.onnx"), ("Runtime", "old.plan"), ("Refitter", "old.plan")])
+def test_what_tensorrt_does_not_start_is_one_line(
     trt: Simulation, plan: Path, tmp_path: Path, kind: str, file: str
 ) -> None:
     trt.fails[kind] = None

@@ -205,6 +205,23 @@ def test_who_watches_ends_the_worker(tmp_path: Path) -> None:
     worker.close()
 
 
+def test_an_interrupt_ends_the_worker_that_has_not_answered(tmp_path: Path) -> None:
+    worker = speaks(tmp_path, "import os, signal, time", "os.kill(os.getppid(), signal.SIGINT)", "time.sleep(60)")
+    with pytest.raises(KeyboardInterrupt):
+        worker.call("build")
+    with pytest.raises(MachineLacks, match="ended with status -9"):
+        worker.call("about")
+    worker.close()
+
+
+def test_a_script_that_prints_among_the_answers_is_told(tmp_path: Path) -> None:
+    worker = speaks(tmp_path, "print('Loading module cuda/12', flush=True)", "sys.stdin.read()")
+    with pytest.raises(MachineLacks, match=r"prints 'Loading module cuda/12', where only .* print to stderr"):
+        worker.call("about")
+    assert worker._process.wait() == -9
+    worker.close()
+
+
 def test_a_worker_that_dies_tells_its_last_words(tmp_path: Path) -> None:
     worker = speaks(
         tmp_path, "import os", "print('first', file=sys.stderr)", "os.write(2, b'last words')", "os.abort()"
