@@ -338,6 +338,7 @@ def test_who_watches_can_end_a_build(trt: Simulation, onnx: Path, tmp_path: Path
     assert len(trt.values("cancelled")) == (trt.version != "8.6.0"), "it does not wait for the end where it can"
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_that_the_bindings_swallow_ends_a_build(
     trt: Simulation, onnx: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

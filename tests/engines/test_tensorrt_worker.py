@@ -205,6 +205,7 @@ def test_who_watches_ends_the_worker(tmp_path: Path) -> None:
     worker.close()
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_the_worker_that_has_not_answered(tmp_path: Path) -> None:
     worker = speaks(tmp_path, "import os, signal, time", "os.kill(os.getppid(), signal.SIGINT)", "time.sleep(60)")
     with pytest.raises(KeyboardInterrupt):
