@@ -1,8 +1,8 @@
 """ONNX Runtime on an NVIDIA GPU: the engine for graphs of `samq.export.lower_onnxruntime_cuda`.
 
 ONNX Runtime answers a CUDA provider that does not load by running on the CPU; here that is an error with its fix.
-Inputs and results lie in buffers on the GPU. Where every shape is static, the kernels are recorded as a CUDA graph and
-launched as one, for each of the hundreds of an encoder costs the host a few microseconds.
+Inputs and results lie in buffers on the GPU. Kernels are recorded as a CUDA graph, one for each shape of inputs that
+comes again, and launched as one: each of the hundreds of a part costs the host a few microseconds.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from numpy.typing import NDArray
 from samq.engines.base import Executed, together
 from samq.engines.kernels import Kernel, require_cupti, trace
 from samq.engines.onnxruntime import INT8_ACCURACY, first_line, told
-from samq.errors import BadInput, MachineLacks, SamqError, UsageError
+from samq.errors import BadInput, MachineLacks, SamqError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 INSTALL = '`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "onnxruntime-gpu[cuda,cudnn]"`'
 WARM_UPS = 3
+MOST_GRAPHS = 32  # of a session; shapes that come later are launched kernel by kernel
+NO_GRAPH = "-1"  # the runtime's own word for a run that is neither recorded nor replayed
 BIAS_FUSION = "MatMulAddFusion"  # the runtime's own, see `CudaOptions.gemm_bias`
 
 _DTYPES = {
@@ -58,7 +60,7 @@ class CudaOptions:
 
     Args:
         device: number of the GPU.
-        cuda_graph: record and replay the kernels; None for wherever shapes are static.
+        cuda_graph: record and replay the kernels; None for wherever all of them run on the GPU.
         attention: kernel of fused attention, "default" for the provider's own order of preference.
         gemm_bias: let the runtime make one Gemm of a MatMul and its bias, as it does unasked. CUDA runs two GEMMs for
             it, one of which spreads the bias (math/gemm.cc), and an Add is faster (docs/onnxruntime-cuda.md).
@@ -86,6 +88,10 @@ class CudaOptions:
 
 class Overwritten(RuntimeError):
     """A result on the device was read after its engine had run again (a bug of the caller)."""
+
+
+class CannotBeRecorded(BadInput):
+    """A part of a graph does not run on the GPU, so that it cannot be recorded as a CUDA graph."""
 
 
 class OnDevice:
@@ -117,12 +123,20 @@ class OnDevice:
         return array
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Bound:
-    """A session's inputs and outputs, bound to buffers: what `DeviceIO.execute` runs."""
+    """A session's inputs and outputs, bound to buffers: what `DeviceIO.execute` runs.
+
+    Args:
+        shapes: of the inputs, where the shapes of the outputs are not known yet.
+    """
 
     binding: Any
     run_options: Any
+    shapes: Shapes | None = None
 
 
 class DeviceIO:
@@ -141,13 +155,13 @@ class DeviceIO:
         self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
         self.runs = 0
         self._dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs()}
-        self._fed: dict[str, Any] = {}
-        self._results = {
-            value.name: self._buffer(value.shape, _DTYPES[value.type])
-            for value in session.get_outputs()
-            if is_static(value.shape)
-        }
-        self._graphs: dict[tuple[int, ...], int] = {}
+        self._result_dtypes = {value.name: _DTYPES[value.type] for value in session.get_outputs()}
+        self._fed: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._results: dict[Shapes, dict[str, Any]] = {}
+        self._graphs: dict[tuple[Shapes, tuple[int, ...]], int] = {}
+        if all(is_static(value.shape) for value in (*session.get_inputs(), *session.get_outputs())):
+            shapes = tuple(tuple(value.shape) for value in session.get_inputs())
+            self._keep(shapes, [value.shape for value in session.get_outputs()])
 
     def bind(self, feeds: Mapping[str, Any]) -> Bound:
         """Copy arrays to the device, and bind them, results of other engines, and the outputs."""
@@ -155,16 +169,18 @@ class DeviceIO:
         values = {name: self._on_device(name, feeds[name]) for name in self.inputs}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
+        shapes = tuple(tuple(value.shape()) for value in values.values())
+        results = self._results.get(shapes, {})
         for name in self.outputs:
-            if name in self._results:
-                binding.bind_ortvalue_output(name, self._results[name])
+            if name in results:
+                binding.bind_ortvalue_output(name, results[name])
             else:
                 binding.bind_output(name, self.device, self.number)
         options = ort.RunOptions()
         if self.cuda_graph:
-            pointers = tuple(value.data_ptr() for value in values.values())
-            options.add_run_config_entry("gpu_graph_id", str(self._graphs.setdefault(pointers, len(self._graphs) + 1)))
-        return Bound(binding, options)
+            graph = self._graph_of(shapes, values.values()) if results else NO_GRAPH
+            options.add_run_config_entry("gpu_graph_id", graph)
+        return Bound(binding, options, None if results else shapes)
 
     def execute(self, bound: Bound) -> dict[str, OnDevice]:
         """Run, wait for the device, and give the results, which the next call may overwrite."""
@@ -172,16 +188,33 @@ class DeviceIO:
         bound.binding.synchronize_outputs()
         self.runs += 1
         results = bound.binding.get_outputs()
+        if bound.shapes is not None and bound.shapes not in self._results and len(self._results) < MOST_GRAPHS:
+            self._keep(bound.shapes, [value.shape() for value in results])
         return {name: OnDevice(value, self) for name, value in zip(self.outputs, results, strict=True)}
 
     def _on_device(self, name: str, fed: Any) -> Any:
         if isinstance(fed, OnDevice):
             return fed.value()
         array: NDArray[Any] = np.ascontiguousarray(fed, dtype=self._dtypes[name])
-        if name not in self._fed or tuple(self._fed[name].shape()) != array.shape:
-            self._fed[name] = self._buffer(array.shape, array.dtype)
-        self._fed[name].update_inplace(array)
-        return self._fed[name]
+        buffer = self._fed.get((name, array.shape))
+        if buffer is None:
+            buffer = self._buffer(array.shape, array.dtype)
+            if len(self._fed) < MOST_GRAPHS * len(self.inputs):
+                self._fed[name, array.shape] = buffer
+        buffer.update_inplace(array)
+        return buffer
+
+    def _keep(self, shapes: Shapes, of_results: Sequence[Sequence[int]]) -> None:
+        """Buffers for the results of inputs of these shapes, where a graph that is recorded puts them."""
+        named = zip(self.outputs, of_results, strict=True)
+        self._results[shapes] = {name: self._buffer(shape, self._result_dtypes[name]) for name, shape in named}
+
+    def _graph_of(self, shapes: Shapes, values: Collection[Any]) -> str:
+        """Number of the graph that reads these buffers; another engine's may come back in another shape."""
+        key = shapes, tuple(value.data_ptr() for value in values)
+        if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
+            return NO_GRAPH
+        return str(self._graphs.setdefault(key, len(self._graphs) + 1))
 
     def _buffer(self, shape: Sequence[int], dtype: Any) -> Any:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.number)
@@ -198,17 +231,21 @@ class OnnxRuntimeCudaEngine:
     Raises:
         BadInput: the file is missing, corrupt or not runnable.
         MachineLacks: no CUDA provider, none of its libraries, or no GPU; the message says which.
-        UsageError: a CUDA graph was asked for, and shapes are dynamic.
     """
 
     def __init__(self, path: Path, options: CudaOptions | None = None, *, keep: bool = False) -> None:
         self.path, self.options, self.keep = path, options or CudaOptions(), keep
         if not path.is_file():
             raise BadInput(f"{path} is missing; run `samq-export build` first")
-        replays = _replays(path, self.options)
-        self._io = DeviceIO(
-            cuda_session(path, self.options, cuda_graph=replays), "cuda", self.options.device, cuda_graph=replays
-        )
+        replays = self.options.cuda_graph is not False
+        try:
+            session = cuda_session(path, self.options, cuda_graph=replays)
+        except CannotBeRecorded:
+            if self.options.cuda_graph:
+                raise
+            replays = False
+            session = cuda_session(path, self.options, cuda_graph=replays)
+        self._io = DeviceIO(session, "cuda", self.options.device, cuda_graph=replays)
         self.inputs, self.outputs = self._io.inputs, self._io.outputs
         self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._io.session.get_inputs()}
 
@@ -228,6 +265,7 @@ class OnnxRuntimeCudaEngine:
         Host time from the call until the device has finished; copies to and from the host are not in it.
         """
         try:
+            self._io.execute(self._io.bind(feeds))  # what comes again is recorded
             return timed(self._io, self._io.bind(feeds), repeats)
         except Overwritten:
             raise
@@ -334,7 +372,9 @@ def _refused(path: Path, error: Exception) -> SamqError:
     """What an exception at the making of a session means to the user."""
     text = first_line(error)
     if "graph capture" in str(error):
-        return BadInput(f"{path}: not every operator runs on the GPU, so a CUDA graph cannot be recorded ({text})")
+        return CannotBeRecorded(
+            f"{path}: not every operator runs on the GPU, so a CUDA graph cannot be recorded ({text})"
+        )
     return _gpu_failure(path, error) or BadInput(f"{path}: ONNX Runtime does not take it ({text}); build it again")
 
 
@@ -352,21 +392,6 @@ def _gpu_failure(path: Path, error: Exception) -> MachineLacks | None:
         return None
     fix = "see that `nvidia-smi` works, then run the same command again"
     return MachineLacks(f"{path.name}: the GPU fails ({found[0].strip()}); {fix}")
-
-
-def _replays(path: Path, options: CudaOptions) -> bool:
-    """Whether kernels are recorded as a CUDA graph."""
-    if options.cuda_graph is False:
-        return False
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:
-        raise BadInput(f"{path}: it is no ONNX file; build it again") from error
-    sides = [side for value in (*graph.input, *graph.output) for side in value.type.tensor_type.shape.dim]
-    static = all(side.HasField("dim_value") for side in sides)
-    if options.cuda_graph and not static:
-        raise UsageError(f"{path.name} has dynamic shapes, and a CUDA graph none; export with --static-shapes")
-    return static
 
 
 def is_static(shape: Sequence[int | str | None]) -> bool:

@@ -384,7 +384,7 @@ def run_build(out: OutputDir, job: Job, reporter: Reporter, branches_because: st
     exported = out.detail("export", "options")["shapes"]
     if exported == DYNAMIC != job.shapes:  # only ONNX Runtime on a GPU takes them all the same
         fix = "`samq-export export --device cuda` exports it for one image"
-        reporter.say(f"exported for {exported}: the encoder is not recorded as a CUDA graph; {fix}")
+        reporter.say(f"exported for {exported}: the encoder may not be recorded as a CUDA graph; {fix}")
     folder = out.path / "engines" / target.folder
     with reporter.track(f"build for {target.folder}", 2 * target.graphs) as step:
         paths = target.lower(out.path / "onnx", folder, step)

@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 from exported import canonical, float_model, largest_error, quantized, skeleton
+from lowered import SIZES
+from lowered import feeds as prompts_of
 from onnx import TensorProto, helper
 from small_model import pixels, recipe_of
 
@@ -35,7 +37,7 @@ from samq.engines.onnxruntime_cuda import (
     timed,
 )
 from samq.engines.predictor import Predictor, prompt_feeds
-from samq.errors import BadInput, MachineLacks, SamqError, UsageError
+from samq.errors import BadInput, MachineLacks, SamqError
 from samq.export.lower_onnxruntime_cuda import lower_for_onnxruntime_cuda
 from samq.export.parts import float_part, save_part
 from samq.export.trace import StaticShape, trace
@@ -197,9 +199,21 @@ def test_a_gpu_that_fails_a_session_is_told(encoder: Path, monkeypatch: pytest.M
         cuda_session(encoder, CudaOptions(), cuda_graph=False)
 
 
-def test_a_cuda_graph_of_dynamic_shapes_is_refused(encoder: Path) -> None:
-    with pytest.raises(UsageError, match="dynamic shapes"):
-        OnnxRuntimeCudaEngine(encoder, CudaOptions(cuda_graph=True))
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_part_that_cannot_be_recorded_is_launched_kernel_by_kernel(
+    asked: bool | None, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it was to be recorded."""
+
+    def session(*_: object, providers: list[Any], **__: object) -> Any:
+        if providers[0][1]["enable_cuda_graph"] == "1":
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+        raise RuntimeError("launched kernel by kernel")
+
+    monkeypatch.setattr(onnxruntime_cuda, "require_cuda", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(BadInput, match="cannot be recorded" if asked else "launched kernel by kernel"):
+        OnnxRuntimeCudaEngine(encoder, CudaOptions(cuda_graph=asked))
 
 
 def test_options_reach_the_provider() -> None:
@@ -228,6 +242,24 @@ def test_dynamic_sides_may_change_from_run_to_run(encoder: Path) -> None:
         results = device_io.execute(device_io.bind(feeds))
         for name, expected in engine.run(feeds).items():
             np.testing.assert_array_equal(np.asarray(results[name]), expected)
+
+
+def test_shapes_that_come_again_have_buffers_of_their_own(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a recorded graph reads and writes; those that come last have none."""
+    monkeypatch.setattr(onnxruntime_cuda, "MOST_GRAPHS", 2)
+    device_io, engine = DeviceIO(on_cpu(encoder), "cpu", cuda_graph=True), OnnxRuntimeEngine(encoder)
+    seen: dict[int, list[tuple[int, str]]] = {}
+    for run, images in enumerate((1, 2, 3, 1, 2, 3, 1, 2, 3)):
+        feeds = {"pixel_values": pixels(images, seed=run).numpy()}
+        bound = device_io.bind(feeds)
+        results = device_io.execute(bound)
+        for name, expected in engine.run(feeds).items():
+            np.testing.assert_array_equal(np.asarray(results[name]), expected)
+        address = results["image_embeddings"].value().data_ptr()
+        seen.setdefault(images, []).append((address, bound.run_options.get_run_config_entry("gpu_graph_id")))
+    graphs = {images: [graph for _, graph in runs] for images, runs in seen.items()}
+    assert graphs == {1: ["-1", "1", "1"], 2: ["-1", "2", "2"], 3: ["-1"] * 3}
+    assert all(seen[images][1] == seen[images][2] for images in (1, 2))
 
 
 def test_results_go_from_engine_to_engine_where_they_are(parts: tuple[Path, Path]) -> None:
@@ -366,6 +398,22 @@ def test_a_pair_on_the_gpu_answers_as_on_the_cpu(parts: tuple[Path, Path]) -> No
         found = gpu.decode(gpu.encode(image), prompt.coords, prompt.labels)
         expected = cpu.decode(cpu.encode(image), prompt.coords, prompt.labels)
         assert largest_error(found.masks, expected.masks) < 2e-2
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_decoder_of_any_prompts_is_recorded_for_each_shape(tmp_path: Path) -> None:
+    path = tmp_path / "mask_decoder.onnx"
+    lowered = lower_for_onnxruntime_cuda(canonical(W4, MASK_DECODER)).model
+    save_part(lowered, path)
+    replayed, launched = OnnxRuntimeCudaEngine(path), OnnxRuntimeCudaEngine(path, CudaOptions(cuda_graph=False))
+    assert replayed._io.cuda_graph
+    for seed, sizes in enumerate([(1, 2), (4, 1), (1, 2), (4, 1), (2, 3), (1, 2), (4, 1), (2, 3), (2, 3)]):
+        given = prompts_of(lowered, SIZES | dict(zip(("prompts", "points"), sizes, strict=True)))
+        given["image_embeddings"] *= 1 + seed
+        expected = launched.run(given)
+        for name, array in replayed.run(given).items():
+            assert largest_error(array, expected[name]) < 1e-3
 
 
 @pytest.mark.gpu
