@@ -4,7 +4,6 @@
 |----------------------|------------------------------------------------|--------------------------------------------|
 | fuse_attention       | softmax(s · q kᵀ) v, [B, heads, tokens, d]     | MultiHeadAttention, [B, tokens, heads · d] |
 | add_bias_last        | (x W + bias) + branch                          | (x W + branch) + bias                      |
-| fuse_bias_gelu       | Gelu(x + bias)                                 | BiasGelu, the one with erf                 |
 | fuse_skip_layer_norm | LayerNormalization(x + y), or x + (y + bias)   | SkipLayerNormalization, with the sum       |
 | pair_maxima          | ReduceMax over axes of side 2                  | Split and Max, an axis at a time           |
 
@@ -58,11 +57,6 @@ def fuse_attention(model: ir.Model) -> Rewrite:
 def add_bias_last(model: ir.Model) -> Rewrite:
     """Add biases behind low-rank branches instead of in front, where fused operators can take them; in place."""
     return _everywhere(model, "add_bias_last", "Add", _add_bias_last)
-
-
-def fuse_bias_gelu(model: ir.Model) -> Rewrite:
-    """Draw the bias in front of a Gelu into it, in place."""
-    return _everywhere(model, "fuse_bias_gelu", "Gelu", _fuse_bias_gelu)
 
 
 def fuse_skip_layer_norm(model: ir.Model) -> Rewrite:
@@ -223,7 +217,7 @@ def _ignores_input_sides(reshape: ir.Node) -> bool:
     return bool(int_attribute(reshape, "allowzero", 0)) or (sides is not None and bool((sides != 0).all()))
 
 
-# ------------------------------------------------------------------------------------------------ biases, norms, gelus
+# ------------------------------------------------------------------------------------------------ biases, norms
 
 
 def _add_bias_last(graph: ir.Graph, outer: ir.Node) -> bool:
@@ -240,21 +234,6 @@ def _add_bias_last(graph: ir.Graph, outer: ir.Node) -> bool:
     outer.replace_input_with(0, product)
     replace_value(graph, result, last.outputs[0])
     last.replace_input_with(0, result)
-    return True
-
-
-def _fuse_bias_gelu(graph: ir.Graph, gelu: ir.Node) -> bool:
-    found = _biased(gelu.inputs[0])
-    if found is None:
-        return False
-    approximate = gelu.attributes.get("approximate")
-    if approximate is not None and approximate.as_string() != "none":
-        raise _NoMatch(f"it is approximated by {approximate.as_string()}, BiasGelu is not")
-    result = gelu.outputs[0]
-    fused = _insert(
-        graph, gelu, "BiasGelu", found, f"{_name(gelu)}/fused", domain=CONTRIB, like=result, shape=result.shape
-    )
-    replace_value(graph, result, fused)
     return True
 
 

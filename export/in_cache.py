@@ -29,7 +29,7 @@ WORTHWHILE = 4  # caches that a value takes before it is worth a Scan, which cop
 FLOAT_BYTES = 4
 WHOLE = 1  # rows an image of values that are not in rows
 
-ELEMENTWISE = ("Add", "BiasGelu", "Cast", "Div", "Gelu", "Max", "Mul", "Neg", "QuantizeLinear")
+ELEMENTWISE = ("Add", "Cast", "Div", "Gelu", "Max", "Mul", "Neg", "QuantizeLinear")
 REDUCTIONS = ("ReduceMax", "ReduceMin")
 PRODUCTS = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 

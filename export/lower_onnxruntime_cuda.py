@@ -42,7 +42,6 @@ from samq.export.fuse_attention import (
     Rewrite,
     add_bias_last,
     fuse_attention,
-    fuse_bias_gelu,
     fuse_skip_layer_norm,
     pair_maxima,
 )
@@ -102,7 +101,7 @@ def lower_for_onnxruntime_cuda(
     asked = _asked(model)
     _lower_gemms(model, packed=weights != "dequantized")
     bits = _packed_bits(model)
-    rewrites += [step(model) for step in (add_bias_last, fuse_bias_gelu, fuse_skip_layer_norm)]
+    rewrites += [step(model) for step in (add_bias_last, fuse_skip_layer_norm)]
     if separate:
         rewrites.append(separate_parts(model))
     rewrites += [sink_biases(model), pair_maxima(model)]

@@ -7,7 +7,7 @@ from exported import as_written, float_model, largest_error
 from test_fuse_attention import HEADS, TAIL, VARIANTS, feeds_of, fused, graph
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER
-from samq.export.fuse_attention import fuse_attention, fuse_bias_gelu, fuse_skip_layer_norm
+from samq.export.fuse_attention import fuse_attention, fuse_skip_layer_norm
 from samq.export.graph import constant_of, producer
 from samq.export.lower_onnxruntime_cuda import separate_parts
 from samq.export.parts import float_part
@@ -174,7 +174,7 @@ def test_attention_needs_the_bias_of_its_queries_alone() -> None:
 def test_sums_that_are_left_in_an_encoder() -> None:
     """Queries, the first position, the residual that no norm follows at once or at all, the pyramid's."""
     model = float_part(trace(float_model(), IMAGE_ENCODER, StaticShape()), float_model(), half=False)
-    for step in (fuse_attention, fuse_bias_gelu, fuse_skip_layer_norm, separate_parts):
+    for step in (fuse_attention, fuse_skip_layer_norm, separate_parts):
         step(model)
     before = sum(node.op_type == "Add" for node in model.graph)
     done, operators = fused(model, sink_biases)
