@@ -31,6 +31,7 @@ from samq.export.graph import (
     LAYER_KEY,
     ROLE_KEY,
     Writer,
+    add_initializer,
     constant_of,
     producer,
     remove_unused,
@@ -40,7 +41,7 @@ from samq.export.half import needing_float32, to_fp16
 from samq.export.layer_norm import write_out_layer_norms
 from samq.export.lowered_layer import FLOAT_GEMM, INT4_GEMM, INT8_GEMM, LoweredLayer
 from samq.export.opset17 import to_opset17
-from samq.export.placement import EVERYWHERE, Form, Placement
+from samq.export.placement import EVERYWHERE, RANKS, Form, Placement
 from samq.export.tensorrt_operators import fit_operators
 from samq.export.tensorrt_rewrites import rewrite
 from samq.export.tensorrt_targets import SMALLEST_GEMM, TensorRtTarget
@@ -77,12 +78,17 @@ class _LowRank:
     up: ir.Node
     sum: ir.Node
 
-    def product(self) -> NDArray[np.float64]:
-        """down · up, [K, N]."""
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """down [K, r] and up [r, N], the components that remove most first."""
         down, up = constant_of(self.down.inputs[1]), constant_of(self.up.inputs[1])
         assert down is not None
         assert up is not None
-        product: NDArray[np.float64] = down.astype(np.float64) @ up.astype(np.float64)
+        return down, up
+
+    def product(self, but: int = 0) -> NDArray[np.float64]:
+        """down · up, [K, N], without the first components."""
+        down, up = self.factors()
+        product: NDArray[np.float64] = down[:, but:].astype(np.float64) @ up[but:].astype(np.float64)
         return product
 
 
@@ -155,6 +161,7 @@ class _Lowering:
     def __init__(self, graph: ir.Graph, target: TensorRtTarget) -> None:
         self.graph, self.target = graph, target
         self.shared: dict[tuple[ir.Value, float], ir.Value] = {}
+        self.narrowed: dict[tuple[ir.Node, int], ir.Value] = {}
 
     def lowered(self, gemm: Gemm, branch: _LowRank | None, form: Form) -> LoweredLayer:
         """Rewrite one layer's MatMul."""
@@ -164,7 +171,7 @@ class _Lowering:
         if gemm.inputs is not None:
             scale = _static_scale(gemm.layer, gemm.inputs)  # refuses what no engine has, whatever the size
             if min(gemm.weight.codes.shape) >= SMALLEST_GEMM:
-                return self._int8(writer, gemm, gemm.inputs, scale, branch, folds=form == "fold")
+                return self._int8(writer, gemm, gemm.inputs, scale, branch, form)
         layer = self._float_inputs(writer, gemm)
         return layer if branch is None else replace(layer, branch="kept")
 
@@ -184,8 +191,27 @@ class _Lowering:
         assert branch.sum.inputs[0] is not None
         replace_value(self.graph, branch.sum.outputs[0], branch.sum.inputs[0])
 
+    def _narrow(self, branch: _LowRank, rank: int) -> None:
+        """Leave the first components of a branch; layers that share its down-projection go on sharing."""
+        (down, up), x = branch.factors(), branch.down.inputs[0]
+        key = branch.down, rank
+        if key not in self.narrowed:
+            assert x is not None
+            shape = None if x.shape is None else ir.Shape([*x.shape[:-1], rank])
+            node = ir.node("MatMul", [x, self._first(branch.down, down[:, :rank])], name=f"{branch.down.name}_{rank}")
+            node.metadata_props.update(branch.down.metadata_props)
+            narrow = node.outputs[0]
+            narrow.name, narrow.type, narrow.shape = f"{node.name}_out", branch.down.outputs[0].type, shape
+            self.graph.insert_before(branch.down, node)
+            self.narrowed[key] = narrow
+        branch.up.replace_input_with(0, self.narrowed[key])
+        branch.up.replace_input_with(1, self._first(branch.up, up[:rank]))
+
+    def _first(self, node: ir.Node, factor: NDArray[np.float32]) -> ir.Value:
+        return add_initializer(self.graph, f"{node.name}_weight_{min(factor.shape)}", factor)
+
     def _int8(
-        self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None, *, folds: bool
+        self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None, form: Form
     ) -> LoweredLayer:
         weight = gemm.weight.int8()
         if weight is None:
@@ -193,15 +219,21 @@ class _Lowering:
                 f"{gemm.layer}: TensorRT multiplies INT8 inputs by INT8 weights with one scale an output channel; "
                 "set wgts.dtype to sint4, or to sint8 with group_shapes: [[1, -1]]"
             )
-        error = None
-        if branch is not None and folds:
-            codes, scales, error = rounded_to_int8(gemm.weight.dequantized() + branch.product())
-            weight = codes, scales
-            self._drop(branch)
+        layer = LoweredLayer(INT8_GEMM)
+        if branch is not None:
+            all_of_it = len(branch.factors()[1])
+            kept = 0 if form == "fold" else min(RANKS.get(form, all_of_it), all_of_it)
+            layer = replace(layer, branch="kept" if kept else "folded")
+            if kept < all_of_it:
+                codes, scales, error = rounded_to_int8(gemm.weight.dequantized() + branch.product(but=kept))
+                weight, layer = (codes, scales), replace(layer, fold_error=error, kept_rank=kept or None)
+                if kept:
+                    self._narrow(branch, kept)
+                else:
+                    self._drop(branch)
         gemm.node.replace_input_with(0, self._quantized(writer, inputs, scale))
         gemm.node.replace_input_with(1, int8_weight(writer, *weight, self.target))
-        kept: Literal["", "kept", "folded"] = "" if branch is None else "kept" if error is None else "folded"
-        return LoweredLayer(INT8_GEMM, branch=kept, fold_error=error)
+        return layer
 
     def _quantized(self, writer: Writer, inputs: GemmInputs, scale: float) -> ir.Value:
         """Q → DQ of the inputs, one for all layers that read them through the same scale."""

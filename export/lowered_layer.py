@@ -16,11 +16,13 @@ class LoweredLayer:
         compute: in words.
         reason: why that is not what was asked for, and what FP16 rounds; empty where it is.
         branch: what became of its low-rank branch, "kept" or "folded"; empty without one.
-        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a branch folded into an INT8
-            weight; None of all others.
+        fold_error: ‖INT8 weight − (weight + branch)‖ / ‖weight + branch‖ (Frobenius) of a branch, or of a part of one,
+            folded into an INT8 weight; None of all others.
+        kept_rank: components that are kept of a branch of which the others are folded; None of all others.
     """
 
     compute: str
     reason: str = ""
     branch: Literal["", "kept", "folded"] = ""
     fold_error: float | None = None
+    kept_rank: int | None = None

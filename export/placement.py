@@ -1,4 +1,4 @@
-"""Where INT8 pays: which layers run in INT8, with or without their low-rank branch, and which in FP16.
+"""Where INT8 pays: which layers run in INT8, with how much of their low-rank branch, and which in FP16.
 
 A placement is a YAML file that `samq-export place` measures, and that can be read, edited, reused and committed:
 
@@ -27,8 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from samq.files import write_text
 from samq.quant.config_file import load_yaml
 
-Form = Literal["fp16", "int8", "branch", "fold", "mlp"]
-MOST_EXACT_FIRST: tuple[Form, ...] = ("fp16", "mlp", "branch", "int8", "fold")
+Form = Literal["fp16", "int8", "branch", "branch-32", "branch-16", "branch-8", "fold", "mlp"]
+RANKS: dict[Form, int] = {"branch-32": 32, "branch-16": 16, "branch-8": 8}
+"""Forms that keep the first components of a branch, those that remove most, and fold the others."""
+MOST_EXACT_FIRST: tuple[Form, ...] = ("fp16", "mlp", "branch", *RANKS, "int8", "fold")
 MLP = "*.mlp.*"  # layers that form mlp runs in INT8; those around the attention stay FP16, so that it stays fused
 SHORTEST = 1e-4  # milliseconds; below that, differences are none
 
@@ -62,7 +64,10 @@ class Placement(BaseModel):
     tensorrt: Annotated[str, Field(description="version that it was measured with")] = ""
     layers: Annotated[
         dict[str, Form],
-        Field(description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch, fold or mlp"),
+        Field(
+            description="pattern of layer names → fp16, int8 (branches as --low-rank says), branch, branch-8 (8 of its "
+            "components, the others folded), fold or mlp"
+        ),
     ] = {}
     blocks: Annotated[Figures, Field(description="block → form → what was measured")] = {}
     whole: Annotated[

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from samq.tools.job import Job
 
 PARTS = ("image_encoder", "mask_decoder")  # as in samq.calib.parts, which would import torch for every --help
-FORMS = ("fp16", "mlp", "branch", "int8", "fold")  # as in samq.export.placement
+FORMS = ("fp16", "mlp", "branch", "branch-32", "branch-16", "branch-8", "int8", "fold")  # as in samq.export.placement
 LARGEST = {  # of a TensorRT plan's dynamic sides: as in samq.engines.tensorrt_plan, and what they are
     "batch": (4, "Most images at a time of a TensorRT plan, with --dynamic-shapes."),
     "prompts": (16, "Most prompts at a time of a TensorRT plan; more than that come one after the other."),
@@ -388,8 +388,9 @@ def bench(**options: Any) -> None:
     "--forms",
     callback=_parse_names(*FORMS),
     metavar="LIST",
-    help=f"Of {', '.join(FORMS)}, with commas.  mlp is INT8 behind the attention alone.  "
-    "[default: fp16, and int8, or branch and fold where there are branches]",
+    help=f"Of {', '.join(FORMS)}, with commas.  mlp is INT8 behind the attention alone, branch-8 keeps 8 components of "
+    "a branch and folds the others.  [default: fp16, and int8, or branch and fold where there are branches; with "
+    "--budget branches of every rank, too]",
 )
 @click.option(
     "--budget",

@@ -30,6 +30,7 @@ from samq.engines.tensorrt_plan import BuildOptions
 from samq.errors import MachineLacks, SamqError, UsageError
 from samq.export.placement import (
     MOST_EXACT_FIRST,
+    RANKS,
     Figure,
     Figures,
     Form,
@@ -273,7 +274,7 @@ def place(
     rewrites = [name for name in REWRITES if name not in without]
     size = _image_size(out)
     recipe = load_recipe(str(out.path / "config.yaml"))
-    chosen = forms_for(recipe, forms)
+    chosen = forms_for(recipe, forms, budget)
     target = target_at_hand()
     version, gpu = tensorrt.about()
     options = options or BuildOptions()
@@ -326,19 +327,22 @@ def figures_of(seen: Iterable[Seen], known: Mapping[str, Figure]) -> Figures:
     return blocks
 
 
-def forms_for(recipe: Recipe, asked: Collection[Form] = ()) -> list[Form]:
+def forms_for(recipe: Recipe, asked: Collection[Form] = (), budget: float = 0.0) -> list[Form]:
     """The forms to measure for a recipe: those asked for, or all that differ but mlp; FP16 always, and first.
+
+    Args:
+        budget: see `samq.export.placement.fastest`; without one, no branch is narrowed unasked.
 
     Raises:
         UsageError: one that was asked for does not exist for the recipe.
     """
     has_branches = any(own.wgts.low_rank is not None for own in recipe.variants()) and not recipe.weight_only
-    possible: tuple[Form, ...] = ("fp16", "mlp", "branch", "fold") if has_branches else ("fp16", "mlp", "int8")
+    possible: tuple[Form, ...] = ("fp16", "mlp", "branch", *RANKS, "fold") if has_branches else ("fp16", "mlp", "int8")
     wrong = ", ".join(sorted(set(asked) - set(possible)))
     if wrong:
         kind = "with" if has_branches else "without"
         raise UsageError(f"{wrong}: the forms of a recipe {kind} low-rank branches are {', '.join(possible)}")
-    chosen = set(asked) or {*possible} - {"mlp"}
+    chosen = set(asked) or {*possible} - {"mlp"} - ({*RANKS} if budget == 0 else set())
     return [form for form in possible if form == "fp16" or form in chosen]
 
 
@@ -352,21 +356,23 @@ def told(figure: Figure) -> str:
 def table(placement: Placement) -> list[str]:
     """A Markdown table: milliseconds and error of each block in each form, and the form chosen; and the whole encoder.
 
-    Where there are branches, also what a branch is worth: the squared error that it removes a microsecond, times 10⁶.
+    Where there are branches, also what each is worth over folding all of it: the squared error that it removes a
+    microsecond, times 10⁶.
     """
     forms = [form for form in MOST_EXACT_FIRST if any(form in figures for figures in placement.blocks.values())]
-    worth = ["branch, error² · 10⁶ / µs"] if "branch" in forms and "fold" in forms else []
+    branches = [form for form in forms if form in ("branch", *RANKS)] if "fold" in forms else []
+    worth = [f"{form}, error² · 10⁶ / µs" for form in branches]
     rows = [["block", *(f"{form}, ms (error)" for form in forms), *worth, "chosen"]]
     rows.append(["---"] * len(rows[0]))
     for block, figures in placement.blocks.items():
-        cells = [_cell(figures.get(form)) for form in forms] + [_worth(figures) for _ in worth]
+        cells = [_cell(figures.get(form)) for form in forms] + [_worth(figures, form) for form in branches]
         rows.append([block, *cells, placement.form_of_block(f"{block}.")])
     whole = [f"Whole encoder {name}: {told(figure)}." for name, figure in placement.whole.items()]
     return [*(f"| {' | '.join(row)} |" for row in rows), *([""] if whole else []), *whole]
 
 
-def _worth(figures: Mapping[Form, Figure]) -> str:
-    branch, fold = figures.get("branch"), figures.get("fold")
+def _worth(figures: Mapping[Form, Figure], form: Form) -> str:
+    branch, fold = figures.get(form), figures.get("fold")
     if branch is None or fold is None or branch.structure == fold.structure:
         return ""
     if branch.milliseconds is None or fold.milliseconds is None or branch.error is None or fold.error is None:

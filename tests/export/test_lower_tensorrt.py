@@ -8,12 +8,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from exported import as_written, float_model, largest_error, one_layer, quantized, skeleton
 from lowered import FLIPPED_CODES, HALF_ERROR, distance, feeds, static_form
 from numpy.typing import NDArray
 from small_model import recipe_of
 from test_linear import PER_TENSOR, PER_TOKEN, STATIC_S8, STATIC_U8, codes, filled, simulated, tokens
 from torch import nn
+from torch.nn import functional as F
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS
 from samq.engines.lint import lint
@@ -24,6 +26,8 @@ from samq.export.linear import fill_sites
 from samq.export.lower_tensorrt import Lowered, lower_for_tensorrt
 from samq.export.lowered_layer import FLOAT_GEMM, INT4_GEMM, INT8_GEMM
 from samq.export.parts import float_part
+from samq.export.placement import Form, Placement
+from samq.export.tensorrt_rewrites import REWRITES
 from samq.export.tensorrt_targets import TARGETS, TRT8, TRT10, TensorRtTarget
 from samq.export.tensorrt_weights import fp16_error
 from samq.quant.inputs import InputGrid
@@ -363,6 +367,67 @@ def test_a_folded_branch_is_within_half_a_step_and_its_error_is_reported(target:
     assert (np.abs(found - wanted) <= (0.5 + 127 * 2.0**-11) * scale.astype(np.float64)).all()
     assert (became.compute, became.branch) == (INT8_GEMM, "folded")
     assert became.fold_error == pytest.approx(np.linalg.norm(found - wanted) / np.linalg.norm(wanted), rel=1e-2)
+
+
+@pytest.mark.parametrize("target", [TRT8, TRT10], ids=lambda target: target.name)
+def test_a_narrowed_branch_keeps_its_first_components_and_folds_the_others(target: TensorRtTarget) -> None:
+    layer = codes(4, True, 16, STATIC_S8, rank=12)
+    assert layer.branch is not None
+    lowered = lowered_layer(layer, target, placement=Placement(layers={"*": "branch-8"}))
+    became = lowered.layers["a.layer"]
+    assert (became.compute, became.branch, became.kept_rank) == (INT8_GEMM, "kept", 8)
+    factors = {name: constant_of(node.inputs[1]) for name, node in branch_nodes(lowered.model).items()}
+    down, up = factors["down_8"], factors["up"]
+    np.testing.assert_array_equal(down, layer.branch.down[:8].numpy().T)
+    np.testing.assert_array_equal(up, layer.branch.up[:, :8].numpy().T)
+    assert largest_error(as_written(lowered.model, {"x": tokens()})[0], narrowed(layer, 8)) < 2e-2
+    weight = gemm(lowered.model).inputs[1]
+    assert weight is not None
+    found = values_of(lowered.model, [weight])[0].astype(np.float64)
+    wanted = layer.effective_weight().double().numpy().T - down.astype(np.float64) @ up.astype(np.float64)
+    assert became.fold_error == pytest.approx(np.linalg.norm(found - wanted) / np.linalg.norm(wanted), rel=1e-2)
+
+
+def test_a_branch_is_not_narrowed_to_more_than_it_has() -> None:
+    layer = codes(4, True, 16, STATIC_S8, rank=12)
+    forms: tuple[Form, ...] = ("branch", "branch-16")
+    whole, narrowed = (lowered_layer(layer, TRT8, placement=Placement(layers={"*": form})) for form in forms)
+    assert whole.layers == narrowed.layers
+    assert branch_nodes(whole.model).keys() == branch_nodes(narrowed.model).keys() == {"down", "up", "Add"}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_a_whole_encoder_with_narrowed_branches(target: TensorRtTarget) -> None:
+    """Rewrites part what is narrow, too."""
+    wgts = {"low_rank": {"rank": 16, "max_overhead": None}}
+    branches: dict[Form, Lowered] = {}
+    forms: tuple[Form, ...] = ("branch", "branch-8")
+    for form in forms:
+        model = static_form("int4_svdquant", IMAGE_ENCODER, wgts=wgts)
+        lowered = lower_for_tensorrt(model, target, placement=Placement(layers={"*": form}), rewrites=REWRITES)
+        assert not lint(checked(lowered, target), target)
+        branches[form] = lowered
+    kept = [layer.kept_rank for layer in branches["branch-8"].layers.values() if layer.branch]
+    assert kept
+    assert set(kept) == {8}
+    given = feeds(branches["branch"].model)
+    whole, narrowed = (as_written(lowered.model, given) for lowered in branches.values())
+    assert 0 < max(distance(*pair) for pair in zip(narrowed, whole, strict=True)) < FLIPPED_CODES
+
+
+def narrowed(layer: LayerCodes, rank: int) -> NDArray[Any]:
+    """What a layer gives when its INT8 weight holds its branch but the first components, which read float inputs."""
+    assert layer.branch is not None
+    assert layer.inputs is not None
+    x, first = torch.from_numpy(tokens()), layer.branch.up[:, :rank] @ layer.branch.down[:rank]
+    answer = F.linear(layer.inputs.fake_quantize(x), layer.effective_weight() - first, layer.bias) + F.linear(x, first)
+    return answer.numpy()
+
+
+def branch_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """The nodes of a layer's branch, by the last part of their names."""
+    found = [(str(node.name).partition("/low_rank/"), node) for node in model.graph]
+    return {name: node for (_, has_one, name), node in found if has_one}
 
 
 def test_a_branch_beside_float_inputs_is_not_folded() -> None:

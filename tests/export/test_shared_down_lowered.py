@@ -54,10 +54,10 @@ PRODUCTS = {  # first layer that shares → products, and layers that read them
 }
 
 
-def twins(inputs: InputGrid | None) -> dict[str, LayerCodes]:
+def twins(inputs: InputGrid | None, rank: int = 4) -> dict[str, LayerCodes]:
     """Two layers that read one tensor, the second with the down-projection of the first."""
-    first = codes(4, True, 16, inputs, rank=4)
-    second = codes(4, True, 0, inputs, rank=4)
+    first = codes(4, True, 16, inputs, rank=rank)
+    second = codes(4, True, 0, inputs, rank=rank)
     assert first.branch is not None
     assert second.branch is not None
     shared = LowRank(first.branch.down, second.branch.up)
@@ -130,6 +130,25 @@ def test_two_layers_in_the_graph_for_tensorrt(folded: tuple[str, ...]) -> None:
             continue
         whole = F.linear(STATIC_S8.fake_quantize(torch.from_numpy(tokens())), layer.effective_weight(), layer.bias)
         assert EXACT < largest_error(answer, whole.numpy()) < 2e-2, "the weight is rounded again"
+
+
+@pytest.mark.parametrize(("narrowed", "sides"), [((FIRST,), [8, 12]), ((SECOND,), [8, 12]), ((FIRST, SECOND), [8])])
+def test_two_layers_of_which_branches_are_narrowed(narrowed: tuple[str, ...], sides: list[int]) -> None:
+    """They share the product that both read, or a part of it."""
+    layers = twins(STATIC_S8, rank=12)
+    placement = Placement(layers={**dict.fromkeys(narrowed, "branch-8"), "*": "branch"})
+    lowered = lower_for_tensorrt(graph_of(layers), TRT8, placement=placement)
+    narrow = [node.inputs[1] for node in lowered.model.graph if "/low_rank/down" in str(node.name)]
+    assert sorted(constant_of(factor).shape[1] for factor in narrow) == sides  # type: ignore[union-attr]
+    found = as_written(lowered.model, {"x": tokens()})
+    for answer, (name, layer) in zip(found, layers.items(), strict=True):
+        if name not in narrowed:
+            assert largest_error(answer, simulated(layer, tokens())) < EXACT
+            continue
+        assert layer.branch is not None
+        x, first = torch.from_numpy(tokens()), layer.branch.up[:, :8] @ layer.branch.down[:8]
+        rest = F.linear(STATIC_S8.fake_quantize(x), layer.effective_weight() - first, layer.bias)
+        assert EXACT < largest_error(answer, (rest + F.linear(x, first)).numpy()) < 2e-2, "the weight is rounded again"
 
 
 def test_two_layers_with_a_multiplier(tmp_path: Path) -> None:

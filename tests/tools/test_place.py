@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +17,7 @@ from tensorrt_on_cpu import H100, VERSION, TensorRtOnCpu
 from samq.engines import tensorrt
 from samq.engines.cuda import Device
 from samq.errors import MachineLacks, UsageError
-from samq.export.placement import MOST_EXACT_FIRST, Figure, Form, Placement, load_placement
+from samq.export.placement import MOST_EXACT_FIRST, RANKS, Figure, Form, Placement, load_placement
 from samq.quant.config import load_recipe
 from samq.tools import cli
 from samq.tools.place import forms_for, table
@@ -308,6 +310,38 @@ def test_a_budget_buys_accuracy(exported: Path, tmp_path: Path, monkeypatch: pyt
     assert {richest.form(f"{block}.x") for block in BLOCKS} == {"fp16"}
 
 
+def components(graph: onnx.GraphProto) -> int:
+    """Components of the branches of a graph."""
+    sides = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    ups = [node for node in graph.node if node.op_type == "MatMul" and node.name.endswith("/low_rank/up")]
+    return sum(sides[name] for node in ups for name in node.input if name in sides)
+
+
+def is_sorted(values: list[float]) -> bool:
+    return all(before <= behind for before, behind in pairwise(values))
+
+
+def test_a_budget_buys_ranks(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component costs 1 µs, all of them 88, and the budget is 50: those that remove least are folded."""
+    TensorRtOnCpu(lambda graph: (1.0 if quantizers(graph) else 9.0) + 0.001 * components(graph)).install(monkeypatch)
+    path = tmp_path / "placement.yaml"
+    placement = placed(exported, path, "--budget", 1)
+    for forms in placement.blocks.values():
+        assert set(forms) == {"fp16", "branch", *RANKS, "fold"}
+        most_first = [forms[form] for form in ("branch", *RANKS, "fold")]
+        assert is_sorted([-(figure.milliseconds or 0) for figure in most_first])
+        assert is_sorted([figure.error or 0 for figure in most_first])
+    chosen = [placement.form_of_block(f"{block}.") for block in BLOCKS]
+    assert chosen == ["branch-8", "branch-8", "branch", "branch", "branch"]
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    assert samq("export", "--output-dir", out, "--target", "trt8", "--placement", path).code == 0
+    lowered = json.loads((out / "engines" / "trt8" / "lowering.json").read_text())["image_encoder"]["layers"]
+    narrowed = {name: layer["kept_rank"] for name, layer in lowered.items() if layer["kept_rank"] is not None}
+    assert {name.rpartition(".blocks.")[2][0] for name in narrowed} == {"0", "1"}
+    assert set(narrowed.values()) == {8}
+
+
 def test_the_answer_as_json(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TensorRtOnCpu(int8_wins).install(monkeypatch)
     path = tmp_path / "placement.yaml"
@@ -323,7 +357,7 @@ def test_refusals(
     TensorRtOnCpu().install(monkeypatch)
     refused(samq("place", "--output-dir", finished[0]), 2, "dynamic shapes", "--target")
     refused(samq("place", "--output-dir", tmp_path), 6, "no output directory")
-    refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, mlp, branch, fold")
+    refused(samq("place", "--output-dir", exported, "--forms", "int8"), 2, "int8", "fp16, mlp, branch, branch-32")
     refused(samq("place", "--output-dir", exported, "--eval-data", tmp_path / "gone"), 6, "gone")
     refused(samq("place", "--output-dir", exported, "--timing-cache", inputs.coco / "folder"), 5, "--timing-cache")
     out = tmp_path / "out"
@@ -374,6 +408,7 @@ def test_forms_follow_the_recipe() -> None:
     assert forms_for(load_recipe("int4_svdquant")) == ["fp16", "branch", "fold"]
     assert forms_for(load_recipe("int4_w4a8")) == forms_for(load_recipe("int4_w4only")) == ["fp16", "int8"]
     assert forms_for(load_recipe("int4_svdquant"), ("fold",)) == ["fp16", "fold"]
+    assert forms_for(load_recipe("int4_svdquant"), budget=0.1) == ["fp16", "branch", *RANKS, "fold"]
     assert forms_for(load_recipe("int4_w4a8"), ("int8", "mlp")) == ["fp16", "mlp", "int8"]
     with pytest.raises(UsageError, match="branch: the forms of a recipe without low-rank branches are fp16, mlp, int8"):
         forms_for(load_recipe("int4_w4a8"), ("branch",))

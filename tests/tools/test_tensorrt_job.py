@@ -256,7 +256,8 @@ def test_the_report_says_what_became_of_each_layer_and_why(
     out: Path, machine: TensorRtOnCpu, inputs: Inputs, tmp_path: Path
 ) -> None:
     placement = tmp_path / "placement.yaml"
-    placement.write_text("layers:\n  vision_encoder.backbone.blocks.0.*: fp16\n")
+    blocks = "vision_encoder.backbone.blocks"
+    placement.write_text(f"layers:\n  {blocks}.0.*: fp16\n  {blocks}.1.*: branch-8\n")
     build(out, "--low-rank", "fold", "--placement", placement)
     report = validate(out, inputs).json
     notes = json.loads((out / "engines/trt8/lowering.json").read_text())
@@ -264,14 +265,17 @@ def test_the_report_says_what_became_of_each_layer_and_why(
     assert {layer["name"]: layer["lowered"] for layer in report["layers"] if layer["lowered"]} == lowered
     told = {layer["name"]: layer["notes"][-1] for layer in report["layers"] if layer["requested"] != "float"}
     errors = {name: layer["fold_error"] for name, layer in lowered.items() if layer["fold_error"] is not None}
-    assert errors
+    narrowed = {name for name, layer in lowered.items() if layer["kept_rank"] is not None}
+    assert narrowed < errors.keys()
+    assert {name[: len(blocks) + 3] for name in narrowed} == {f"{blocks}.1."}
     for name, note in told.items():
-        if name.startswith("vision_encoder.backbone.blocks.0."):
+        if name.startswith(f"{blocks}.0."):
             assert lowered[name]["reason"].startswith(f"{PLACED}; FP16 rounds the weights by up to 0.04")
             assert note.startswith(f"lowered to {FLOAT_GEMM} ({lowered[name]['reason']})")
         elif name in errors:
+            became = "kept to rank 8, the rest folded" if name in narrowed else "folded"
             assert note == (
-                f"lowered to {INT8_GEMM}, low-rank branch folded with an error of {100 * errors[name]:.3g} %"
+                f"lowered to {INT8_GEMM}, low-rank branch {became} with an error of {100 * errors[name]:.3g} %"
             )
         else:
             assert note.startswith("lowered to ")

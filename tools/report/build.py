@@ -200,6 +200,7 @@ def _became(lowered: LoweredLayer) -> str:
     """What lowering made of a layer, and why, in words."""
     why = f" ({lowered.reason})" if lowered.reason else ""
     branch = f", low-rank branch {lowered.branch}" if lowered.branch else ""
+    branch += f" to rank {lowered.kept_rank}, the rest folded" if lowered.kept_rank else ""
     error = "" if lowered.fold_error is None else f" with an error of {percent(lowered.fold_error)}"
     return f"lowered to {lowered.compute}{why}{branch}{error}"
 
