@@ -1,8 +1,9 @@
 """ONNX Runtime on an NVIDIA GPU: the engine for graphs of `samq.export.lower_onnxruntime_cuda`.
 
 ONNX Runtime answers a CUDA provider that does not load by running on the CPU; here that is an error with its fix.
-Inputs and results lie in buffers on the GPU. Kernels are recorded as a CUDA graph, one for each shape of inputs that
-comes again, and launched as one: each of the hundreds of a part costs the host a few microseconds.
+Inputs and results lie in buffers on the GPU. Kernels are recorded as a CUDA graph and launched as one, for each of the
+hundreds of a part costs the host a few microseconds: at once where shapes are static, otherwise when the shapes of the
+inputs come a second time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 INSTALL = '`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "onnxruntime-gpu[cuda,cudnn]"`'
 WARM_UPS = 3
 MOST_GRAPHS = 32  # of a session; shapes that come later are launched kernel by kernel
+GRAPHS_APART = (1, 30)  # version, see `keeps_graphs_apart`
 NO_GRAPH = "-1"  # the runtime's own word for a run that is neither recorded nor replayed
 BIAS_FUSION = "MatMulAddFusion"  # the runtime's own, see `CudaOptions.gemm_bias`
 
@@ -91,7 +93,7 @@ class Overwritten(RuntimeError):
 
 
 class CannotBeRecorded(BadInput):
-    """A part of a graph does not run on the GPU, so that it cannot be recorded as a CUDA graph."""
+    """A part of the model cannot be recorded as a CUDA graph."""
 
 
 class OnDevice:
@@ -146,7 +148,8 @@ class DeviceIO:
         session: an `onnxruntime.InferenceSession`.
         device: "cuda" or "cpu".
         number: which of them.
-        cuda_graph: the session replays graphs; each set of buffers has one of its own.
+        cuda_graph: the session replays graphs; each set of buffers has one of its own. With a runtime that does not
+            keep them apart there is one, of static shapes, and none as soon as other buffers come.
     """
 
     def __init__(self, session: Any, device: str, number: int = 0, *, cuda_graph: bool = False) -> None:
@@ -154,6 +157,7 @@ class DeviceIO:
         self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
         self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
         self.runs = 0
+        self._many, self._spoiled = cuda_graph and keeps_graphs_apart(), False
         self._dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs()}
         self._result_dtypes = {value.name: _DTYPES[value.type] for value in session.get_outputs()}
         self._fed: dict[tuple[str, tuple[int, ...]], Any] = {}
@@ -162,6 +166,11 @@ class DeviceIO:
         if all(is_static(value.shape) for value in (*session.get_inputs(), *session.get_outputs())):
             shapes = tuple(tuple(value.shape) for value in session.get_inputs())
             self._keep(shapes, [value.shape for value in session.get_outputs()])
+
+    @property
+    def records(self) -> bool:
+        """Runs may be recorded: the shapes are known, or those that come again may be kept."""
+        return self.cuda_graph and (self._many or bool(self._results))
 
     def bind(self, feeds: Mapping[str, Any]) -> Bound:
         """Copy arrays to the device, and bind them, results of other engines, and the outputs."""
@@ -188,8 +197,9 @@ class DeviceIO:
         bound.binding.synchronize_outputs()
         self.runs += 1
         results = bound.binding.get_outputs()
-        if bound.shapes is not None and bound.shapes not in self._results and len(self._results) < MOST_GRAPHS:
-            self._keep(bound.shapes, [value.shape() for value in results])
+        shapes = bound.shapes
+        if self._many and shapes is not None and shapes not in self._results and len(self._results) < MOST_GRAPHS:
+            self._keep(shapes, [value.shape() for value in results])
         return {name: OnDevice(value, self) for name, value in zip(self.outputs, results, strict=True)}
 
     def _on_device(self, name: str, fed: Any) -> Any:
@@ -199,6 +209,8 @@ class DeviceIO:
         buffer = self._fed.get((name, array.shape))
         if buffer is None:
             buffer = self._buffer(array.shape, array.dtype)
+            if not self._many:
+                self._fed = {(other, shape): kept for (other, shape), kept in self._fed.items() if other != name}
             if len(self._fed) < MOST_GRAPHS * len(self.inputs):
                 self._fed[name, array.shape] = buffer
         buffer.update_inplace(array)
@@ -212,9 +224,10 @@ class DeviceIO:
     def _graph_of(self, shapes: Shapes, values: Collection[Any]) -> str:
         """Number of the graph that reads these buffers; another engine's may come back in another shape."""
         key = shapes, tuple(value.data_ptr() for value in values)
-        if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
+        if key not in self._graphs and len(self._graphs) == (MOST_GRAPHS if self._many else 1):
+            self._spoiled = not self._many
             return NO_GRAPH
-        return str(self._graphs.setdefault(key, len(self._graphs) + 1))
+        return NO_GRAPH if self._spoiled else str(self._graphs.setdefault(key, len(self._graphs) + 1))
 
     def _buffer(self, shape: Sequence[int], dtype: Any) -> Any:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.number)
@@ -246,6 +259,11 @@ class OnnxRuntimeCudaEngine:
             replays = False
             session = cuda_session(path, self.options, cuda_graph=replays)
         self._io = DeviceIO(session, "cuda", self.options.device, cuda_graph=replays)
+        if self.options.cuda_graph and not self._io.records:
+            raise CannotBeRecorded(
+                f"{path.name} has dynamic shapes, which onnxruntime {ort.__version__} cannot record as CUDA graphs; "
+                f"install {'.'.join(map(str, GRAPHS_APART))} or newer, or export with --static-shapes"
+            )
         self.inputs, self.outputs = self._io.inputs, self._io.outputs
         self.shapes: Mapping[str, Sequence[int | str]] = {v.name: v.shape for v in self._io.session.get_inputs()}
 
@@ -281,6 +299,15 @@ class OnnxRuntimeCudaEngine:
         require_cupti()
         self.run(feeds)  # cuDNN's search, and what is loaded at the first launch, are no part of a run
         return trace(lambda: self.run(feeds))
+
+
+def keeps_graphs_apart() -> bool:
+    """A graph may be replayed after other runs of its session.
+
+    Before, Concat and Split of a replayed graph read the addresses of the run before (microsoft/onnxruntime#32121).
+    """
+    version = tuple(int(number) for number in ort.__version__.split(".")[:2])
+    return version >= GRAPHS_APART
 
 
 def timed(device_io: DeviceIO, bound: Bound, repeats: int) -> list[float]:

@@ -236,7 +236,8 @@ def executed_layers(plan: Path) -> dict[str, Executed]:
 
     Args:
         plan: built from a graph whose GEMM nodes are called `<layer>/MatMul`, those of a low-rank branch
-            `<layer>/low_rank/down` and `<layer>/low_rank/up`; the branch is told under the names of its nodes.
+            `<layer>/low_rank/down` (`down_8` where rank 8 is left of it) and `<layer>/low_rank/up`; the branch is told
+            under the names of its nodes.
 
     Raises:
         BadInput: plan or sidecar is missing, or they do not belong together.

@@ -106,7 +106,8 @@ def lower_for_tensorrt(
         model: opset 21, float32 arithmetic. TensorRT optimizes static shapes best.
         target: from `samq.export.tensorrt_targets.TARGETS`.
         low_rank: keep low-rank branches beside INT8 GEMMs, or add them to the INT8 weight and round that again.
-        placement: which layers run in INT8 at all; those in FP16 have their branch in the weight.
+        placement: which layers run in INT8 at all, and how much of their branch they keep; those in FP16 have it in the
+            weight.
         rewrites: names of `samq.export.tensorrt_rewrites`; none of them changes what is computed.
 
     Raises:

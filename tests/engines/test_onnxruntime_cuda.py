@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from exported import canonical, float_model, largest_error, quantized, skeleton
@@ -26,6 +27,8 @@ from samq.engines.onnxruntime import OnnxRuntimeEngine
 from samq.engines.onnxruntime_cuda import (
     CPU,
     CUDA,
+    NO_GRAPH,
+    Bound,
     CudaOptions,
     DeviceIO,
     OnDevice,
@@ -34,6 +37,7 @@ from samq.engines.onnxruntime_cuda import (
     cuda_session,
     executed_by,
     executed_on_gpu,
+    keeps_graphs_apart,
     timed,
 )
 from samq.engines.predictor import Predictor, prompt_feeds
@@ -244,8 +248,48 @@ def test_dynamic_sides_may_change_from_run_to_run(encoder: Path) -> None:
             np.testing.assert_array_equal(np.asarray(results[name]), expected)
 
 
+@pytest.mark.parametrize(("version", "apart"), [("1.23.2", False), ("1.29.0", False), ("1.30.0", True), ("2.0", True)])
+def test_which_runtimes_keep_graphs_apart(version: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "__version__", version)
+    assert keeps_graphs_apart() == apart
+
+
+def graph_of(bound: Bound) -> str:
+    """The runtime's name of the graph that a run records or replays."""
+    return str(bound.run_options.get_run_config_entry("gpu_graph_id"))
+
+
+def test_a_runtime_that_mixes_graphs_up_records_one_and_no_dynamic_shapes(
+    parts: tuple[Path, Path], encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And replays it until other buffers come."""
+    monkeypatch.setattr(ort, "__version__", "1.29.0")
+    dynamic = DeviceIO(on_cpu(encoder), "cpu", cuda_graph=True)
+    for _ in range(3):
+        bound = dynamic.bind(PIXELS)
+        dynamic.execute(bound)
+        assert graph_of(bound) == NO_GRAPH
+    static, decoder = (DeviceIO(on_cpu(path), "cpu", cuda_graph=True) for path in parts)
+    assert (dynamic.records, static.records) == (False, True)
+    features = static.execute(static.bind(PIXELS))
+    prompt = prompts_of(ir.load(parts[1]), SIZES)
+    own, others = decoder.bind(prompt), prompt | features
+    assert [graph_of(own), graph_of(decoder.bind(prompt))] == ["1", "1"]
+    assert [graph_of(decoder.bind(others)), graph_of(decoder.bind(prompt))] == [NO_GRAPH, NO_GRAPH]
+
+
+def test_dynamic_shapes_that_were_to_be_recorded_are_refused_by_a_runtime_that_cannot(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.29.0")
+    monkeypatch.setattr(onnxruntime_cuda, "cuda_session", lambda path, *_, **__: on_cpu(path))
+    with pytest.raises(BadInput, match=r"dynamic shapes, which onnxruntime 1\.29\.0 .* install 1\.30 or newer"):
+        OnnxRuntimeCudaEngine(encoder, CudaOptions(cuda_graph=True))
+
+
 def test_shapes_that_come_again_have_buffers_of_their_own(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a recorded graph reads and writes; those that come last have none."""
+    monkeypatch.setattr(ort, "__version__", "1.30.0")
     monkeypatch.setattr(onnxruntime_cuda, "MOST_GRAPHS", 2)
     device_io, engine = DeviceIO(on_cpu(encoder), "cpu", cuda_graph=True), OnnxRuntimeEngine(encoder)
     seen: dict[int, list[tuple[int, str]]] = {}
@@ -256,7 +300,7 @@ def test_shapes_that_come_again_have_buffers_of_their_own(encoder: Path, monkeyp
         for name, expected in engine.run(feeds).items():
             np.testing.assert_array_equal(np.asarray(results[name]), expected)
         address = results["image_embeddings"].value().data_ptr()
-        seen.setdefault(images, []).append((address, bound.run_options.get_run_config_entry("gpu_graph_id")))
+        seen.setdefault(images, []).append((address, graph_of(bound)))
     graphs = {images: [graph for _, graph in runs] for images, runs in seen.items()}
     assert graphs == {1: ["-1", "1", "1"], 2: ["-1", "2", "2"], 3: ["-1"] * 3}
     assert all(seen[images][1] == seen[images][2] for images in (1, 2))
@@ -407,13 +451,13 @@ def test_a_decoder_of_any_prompts_is_recorded_for_each_shape(tmp_path: Path) -> 
     lowered = lower_for_onnxruntime_cuda(canonical(W4, MASK_DECODER)).model
     save_part(lowered, path)
     replayed, launched = OnnxRuntimeCudaEngine(path), OnnxRuntimeCudaEngine(path, CudaOptions(cuda_graph=False))
-    assert replayed._io.cuda_graph
     for seed, sizes in enumerate([(1, 2), (4, 1), (1, 2), (4, 1), (2, 3), (1, 2), (4, 1), (2, 3), (2, 3)]):
         given = prompts_of(lowered, SIZES | dict(zip(("prompts", "points"), sizes, strict=True)))
         given["image_embeddings"] *= 1 + seed
         expected = launched.run(given)
         for name, array in replayed.run(given).items():
             assert largest_error(array, expected[name]) < 1e-3
+    assert len(replayed._io._graphs) == (3 if keeps_graphs_apart() else 0)
 
 
 @pytest.mark.gpu

@@ -416,7 +416,7 @@ def test_why_nothing_measured_is_known_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert told == "no placement was measured for Orin with TensorRT 8.6.0; `samq-export place` does so"
 
 
-def test_an_encoder_that_no_cuda_graph_can_record_is_told(
+def test_an_encoder_of_dynamic_shapes_is_told(
     finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was exported without --device cuda; the CPU stands in for the GPU."""

@@ -119,9 +119,10 @@ def folded_branches(report: dict[str, Any]) -> str:
     folded = report.get("folded")
     if folded is None:
         return ""
+    layers, error = counted(folded["layers"], "layer"), percent(folded["largest_error"])
     return (
-        f"Low-rank branches are folded into the INT8 weights of {counted(folded['layers'], 'layer')}; the largest "
-        f"error of that is {percent(folded['largest_error'])} of the weight, in {folded['layer']}."
+        f"Low-rank branches are folded, whole or in part, into the INT8 weights of {layers}; the largest error of that "
+        f"is {error} of the weight, in {folded['layer']}."
     )
 
 

@@ -114,7 +114,7 @@ def test_unknown_accuracy_is_not_called_passed() -> None:
 def test_the_largest_error_of_folded_branches_is_one_sentence() -> None:
     assert folded_branches(_report()) == folded_branches(_report(folded=None)) == ""
     told = folded_branches(_report(folded={"layers": 1, "largest_error": 0.01234, "layer": "a"}))
-    assert told.startswith("Low-rank branches are folded into the INT8 weights of 1 layer;")
+    assert told.startswith("Low-rank branches are folded, whole or in part, into the INT8 weights of 1 layer;")
     assert told.endswith("the largest error of that is 1.23 % of the weight, in a.")
 
 
