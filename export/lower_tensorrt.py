@@ -199,17 +199,15 @@ class _Lowering:
         if key not in self.narrowed:
             assert x is not None
             shape = None if x.shape is None else ir.Shape([*x.shape[:-1], rank])
-            node = ir.node("MatMul", [x, self._first(branch.down, down[:, :rank])], name=f"{branch.down.name}_{rank}")
+            factor = add_initializer(self.graph, f"{branch.down.name}_weight_{rank}", down[:, :rank])
+            node = ir.node("MatMul", [x, factor], name=f"{branch.down.name}_{rank}")
             node.metadata_props.update(branch.down.metadata_props)
             narrow = node.outputs[0]
             narrow.name, narrow.type, narrow.shape = f"{node.name}_out", branch.down.outputs[0].type, shape
             self.graph.insert_before(branch.down, node)
             self.narrowed[key] = narrow
         branch.up.replace_input_with(0, self.narrowed[key])
-        branch.up.replace_input_with(1, self._first(branch.up, up[:rank]))
-
-    def _first(self, node: ir.Node, factor: NDArray[np.float32]) -> ir.Value:
-        return add_initializer(self.graph, f"{node.name}_weight_{min(factor.shape)}", factor)
+        branch.up.replace_input_with(1, add_initializer(self.graph, f"{branch.up.name}_weight_{rank}", up[:rank]))
 
     def _int8(
         self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None, form: Form
