@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 LAYER_KEY = "samq.layer"
 ROLE_KEY = "samq.role"
+LOW_RANK = "low_rank"  # role of the nodes of a low-rank branch, and the first part of their names
 PRECISION_KEY = "samq.precision"  # of nodes that FP16 spoils: "float32"
 PAD_VALUE = 2  # input of Pad
 REGROUPING = ("Reshape", "Squeeze", "Unsqueeze")  # move no element, but the borders between axes

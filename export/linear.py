@@ -26,7 +26,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from samq.export.graph import Writer, add_initializer, remove_unused, replace_value
+from samq.export.graph import LOW_RANK, Writer, add_initializer, remove_unused, replace_value
 from samq.export.trace import BOUNDARY_OP, SITE_DOMAIN, SITE_OP
 from samq.quant.grids import QuantizedWeight
 from samq.quant.inputs import SMALLEST_RANGE, InputGrid
@@ -34,7 +34,6 @@ from samq.quant.layers import LayerCodes
 from samq.quant.low_rank import LowRank
 from samq.quant.rotate import runtime_rotation
 
-LOW_RANK = "low_rank"
 FLOAT = ir.DataType.FLOAT
 
 

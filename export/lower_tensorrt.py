@@ -29,9 +29,9 @@ from samq.export.canonical import Gemm, GemmInputs, read_gemms
 from samq.export.fold import fold_constants
 from samq.export.graph import (
     LAYER_KEY,
+    LOW_RANK,
     ROLE_KEY,
     Writer,
-    add_initializer,
     constant_of,
     producer,
     remove_unused,
@@ -192,22 +192,20 @@ class _Lowering:
         assert branch.sum.inputs[0] is not None
         replace_value(self.graph, branch.sum.outputs[0], branch.sum.inputs[0])
 
-    def _narrow(self, branch: _LowRank, rank: int) -> None:
+    def _narrow(self, writer: Writer, branch: _LowRank, rank: int) -> None:
         """Leave the first components of a branch; layers that share its down-projection go on sharing."""
         (down, up), x = branch.factors(), branch.down.inputs[0]
         key = branch.down, rank
         if key not in self.narrowed:
             assert x is not None
             shape = None if x.shape is None else ir.Shape([*x.shape[:-1], rank])
-            factor = add_initializer(self.graph, f"{branch.down.name}_weight_{rank}", down[:, :rank])
-            node = ir.node("MatMul", [x, factor], name=f"{branch.down.name}_{rank}")
-            node.metadata_props.update(branch.down.metadata_props)
-            narrow = node.outputs[0]
-            narrow.name, narrow.type, narrow.shape = f"{node.name}_out", branch.down.outputs[0].type, shape
-            self.graph.insert_before(branch.down, node)
-            self.narrowed[key] = narrow
+            owner = Writer(self.graph, branch.down, branch.down.metadata_props[LAYER_KEY])
+            factor = owner.constant(down[:, :rank], f"{LOW_RANK}/down_weight_{rank}")
+            self.narrowed[key] = owner.node(
+                "MatMul", [x, factor], f"{LOW_RANK}/down_{rank}", dtype=FLOAT, shape=shape, role=LOW_RANK
+            )
         branch.up.replace_input_with(0, self.narrowed[key])
-        branch.up.replace_input_with(1, add_initializer(self.graph, f"{branch.up.name}_weight_{rank}", up[:rank]))
+        branch.up.replace_input_with(1, writer.constant(up[:rank], f"{LOW_RANK}/up_weight_{rank}"))
 
     def _int8(
         self, writer: Writer, gemm: Gemm, inputs: GemmInputs, scale: float, branch: _LowRank | None, form: Form
@@ -227,7 +225,7 @@ class _Lowering:
                 codes, scales, error = rounded_to_int8(gemm.weight.dequantized() + branch.product(but=kept))
                 weight, layer = (codes, scales), replace(layer, fold_error=error, kept_rank=kept or None)
                 if kept:
-                    self._narrow(branch, kept)
+                    self._narrow(writer, branch, kept)
                 else:
                     self._drop(branch)
         gemm.node.replace_input_with(0, self._quantized(writer, inputs, scale))

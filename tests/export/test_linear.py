@@ -17,8 +17,8 @@ from small_model import pixels, recipe_of
 from torch import nn
 
 from samq.calib.parts import IMAGE_ENCODER, PARTS, part_of
-from samq.export.graph import LAYER_KEY, ROLE_KEY
-from samq.export.linear import LOW_RANK, fill_sites, store_as_fp16
+from samq.export.graph import LAYER_KEY, LOW_RANK, ROLE_KEY
+from samq.export.linear import fill_sites, store_as_fp16
 from samq.quant.config import Recipe, preset_names
 from samq.quant.grids import Grid, round_to_grid
 from samq.quant.inputs import InputGrid

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from samq.calib.parts import IMAGE_ENCODER, MASK_DECODER, PARTS, ImageEncoder, part_of
 from samq.engines.onnxruntime import OnnxRuntimeEngine, executed_layers
-from samq.export.graph import LAYER_KEY, constant_of, producer
-from samq.export.linear import LOW_RANK, fill_sites
+from samq.export.graph import LAYER_KEY, LOW_RANK, constant_of, producer
+from samq.export.linear import fill_sites
 from samq.export.lower_onnxruntime import lower_for_onnxruntime
 from samq.export.lower_onnxruntime_cuda import Weights, lower_for_onnxruntime_cuda
 from samq.export.lower_tensorrt import lower_for_tensorrt

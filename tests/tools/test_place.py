@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -317,10 +316,6 @@ def components(graph: onnx.GraphProto) -> int:
     return sum(sides[name] for node in ups for name in node.input if name in sides)
 
 
-def is_sorted(values: list[float]) -> bool:
-    return all(before <= behind for before, behind in pairwise(values))
-
-
 def test_a_budget_buys_ranks(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A component costs 1 µs, all of them 88, and the budget is 50: those that remove least are folded."""
     TensorRtOnCpu(lambda graph: (1.0 if quantizers(graph) else 9.0) + 0.001 * components(graph)).install(monkeypatch)
@@ -329,8 +324,12 @@ def test_a_budget_buys_ranks(exported: Path, tmp_path: Path, monkeypatch: pytest
     assert all(set(forms) == {"fp16", "branch", *RANKS, "fold"} for forms in placement.blocks.values())
     for block in BLOCKS[:2]:  # the branches of the others have few components or none
         most_first = [placement.blocks[block][form] for form in ("branch", *RANKS, "fold")]
-        assert is_sorted([-(figure.milliseconds or 0) for figure in most_first])
-        assert is_sorted([figure.error or 0 for figure in most_first])
+        times, errors = (
+            [figure.milliseconds or 0 for figure in most_first],
+            [figure.error or 0 for figure in most_first],
+        )
+        assert times == sorted(times, reverse=True)
+        assert errors == sorted(errors)
     assert {placement.form_of_block(f"{block}.") for block in BLOCKS[:2]} == {"branch-8"}
     out = tmp_path / "out"
     shutil.copytree(exported, out)
